@@ -1,0 +1,96 @@
+"""Accuracy of an artifact's logits against labels and against float logits of the same images. NumPy only."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gcvit_edge.errors import CheckFailed
+
+Logits = NDArray[np.float32]
+Classes = NDArray[np.int64]
+
+_Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def hits(logits: Logits, labels: Classes, k: int) -> NDArray[np.bool_]:
+    """Whether each image's label is among its `k` highest logits. logits (N, classes), labels (N,)."""
+    k = min(k, logits.shape[1])
+    highest = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    return (highest == labels[:, None]).any(axis=1)
+
+
+def agreement(logits: Logits, reference: Logits) -> float:
+    """Fraction of images with the same top-1 class."""
+    return float((logits.argmax(1) == reference.argmax(1)).mean())
+
+
+def sqnr_db(logits: Logits, reference: Logits) -> float:
+    """Signal to quantization noise ratio of the logits in dB: 10 log10(sum ref^2 / sum (ref - logits)^2)."""
+    noise = float(np.square(reference.astype(np.float64) - logits).sum())
+    signal = float(np.square(reference.astype(np.float64)).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def paired_drop(reference: NDArray[np.bool_], changed: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
+    """Drop of a hit rate on the same images, with its 95 % confidence interval, in percentage points.
+
+    The interval is Agresti and Min's for matched pairs (Statistics in Medicine 24, 2005): Wald's after adding half an image
+    to each cell, so that it keeps its coverage, and a width, when few or no images change.
+    """
+    count = len(reference)
+    lost, won = int((reference & ~changed).sum()), int((~reference & changed).sum())
+    centre = (lost - won) / (count + 2)
+    spread = _Z95 * math.sqrt((lost + won + 1) - (lost - won) ** 2 / (count + 2)) / (count + 2)
+    return 100 * (lost - won) / count, (100 * (centre - spread), 100 * (centre + spread))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """top1, top5, agreement, worst_class_recall: fractions. drop_points, drop_ci95: percentage points, positive is worse."""
+
+    top1: float
+    top5: float
+    drop_points: float
+    drop_ci95: tuple[float, float]
+    agreement: float
+    sqnr_db: float
+    worst_class_drop_points: float
+    worst_class: int
+
+
+def compare(logits: Logits, reference: Logits, labels: Classes) -> Accuracy:
+    """Accuracy of `logits` against the float `reference`, both (N, classes), on images of classes `labels` (N,)."""
+    before, after = hits(reference, labels, 1), hits(logits, labels, 1)
+    drop, interval = paired_drop(before, after)
+    classes = np.unique(labels)
+    drops = [100 * float(before[labels == c].mean() - after[labels == c].mean()) for c in classes]
+    worst = int(np.argmax(drops))
+    return Accuracy(
+        top1=float(after.mean()),
+        top5=float(hits(logits, labels, 5).mean()),
+        drop_points=drop,
+        drop_ci95=interval,
+        agreement=agreement(logits, reference),
+        sqnr_db=sqnr_db(logits, reference),
+        worst_class_drop_points=drops[worst],
+        worst_class=int(classes[worst]),
+    )
+
+
+def check_baseline(logits: Logits, labels: Classes) -> None:
+    """Refuses a float baseline that is no better than chance: a drop measured against it would mean nothing.
+
+    Raises:
+        CheckFailed: top-1 is within three standard deviations of guessing, or the logits are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise CheckFailed("the float model gives logits that are not finite; the checkpoint or the preprocessing is broken")
+    chance, count = 1 / logits.shape[1], len(labels)
+    top1 = float(hits(logits, labels, 1).mean())
+    if logits.shape[1] > 1 and top1 <= chance + 3 * math.sqrt(chance * (1 - chance) / count):
+        raise CheckFailed(
+            f"the float model's top-1 is {top1:.1%} on {count} images, no better than guessing ({chance:.1%}); check that the labels "
+            "are in the order of the logits and that the preprocessing is the model's"
+        )

@@ -1,0 +1,144 @@
+"""Making models: `create_model` for a bare network, `load_model` for one with its labels and preprocessing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from gcvit_edge.data import Labels, Preprocessing, default_preprocessing
+from gcvit_edge.errors import UserError
+from gcvit_edge.model.checkpoint import Checkpoint, load_weights, read_checkpoint, variant_of
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.model.info import UNKNOWN_LICENCE, ModelInfo, Origin, config_dict
+from gcvit_edge.model.variants import GCViTConfig, nvlabs_crop, variant_config
+
+TIMM_CROP_PCT = 0.875  # of every gcvit model in timm
+
+
+def create_model(
+    name: str = "gcvit_xxtiny",
+    weights: str | Path | None = None,
+    *,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    features_only: bool = False,
+    drop_path: float | None = None,
+    in_chans: int | None = None,
+    dim: int | None = None,
+    depths: tuple[int, ...] | None = None,
+    num_heads: tuple[int, ...] | None = None,
+    window_size: tuple[int, ...] | None = None,
+    mlp_ratio: float | None = None,
+    layer_scale: float | None = None,
+) -> GCViT:
+    """A GC ViT in eval mode: (B, in_chans, H, W) float32 -> (B, num_classes) logits.
+
+    name: official variant, whose shape the other arguments change. weights: a file (timm's, NVlabs' or our layout) or
+    "hf-hub:ID"; None is random initialisation. img_size: pixels, one side or (height, width), multiples of 32; windows
+    scale with it and position biases are interpolated. features_only: no head, forward() returns four feature maps.
+    The rest: `GCViTConfig`.
+
+    Raises:
+        UserError: unknown name, impossible shape, or weights that cannot be read or do not fit.
+    """
+    config = _config(name, num_classes, img_size, in_chans, dim, depths, num_heads, window_size, mlp_ratio, layer_scale, drop_path)
+    checkpoint = None if weights is None else read_checkpoint(str(weights))
+    if features_only:
+        config = replace(config, num_classes=0)
+    return _build(config, checkpoint, str(weights), keep_classes=num_classes is not None or features_only)
+
+
+def _config(
+    name: str,
+    num_classes: int | None,
+    img_size: int | tuple[int, int] | None,
+    in_chans: int | None,
+    dim: int | None,
+    depths: tuple[int, ...] | None,
+    num_heads: tuple[int, ...] | None,
+    window_size: tuple[int, ...] | None,
+    mlp_ratio: float | None,
+    layer_scale: float | None,
+    drop_path: float | None,
+) -> GCViTConfig:
+    config = variant_config(name)
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return replace(
+        config,
+        num_classes=config.num_classes if num_classes is None else num_classes,
+        img_size=config.img_size if size is None else (size[0], size[1]),
+        in_chans=config.in_chans if in_chans is None else in_chans,
+        dim=config.dim if dim is None else dim,
+        depths=config.depths if depths is None else tuple(depths),
+        num_heads=config.num_heads if num_heads is None else tuple(num_heads),
+        window_size=config.window_size if window_size is None else tuple(window_size),
+        mlp_ratio=config.mlp_ratio if mlp_ratio is None else mlp_ratio,
+        layer_scale=config.layer_scale if layer_scale is None else layer_scale,
+        drop_path=config.drop_path if drop_path is None else drop_path,
+    )
+
+
+def _build(config: GCViTConfig, checkpoint: Checkpoint | None, source: str, keep_classes: bool) -> GCViT:
+    if checkpoint is not None:
+        classes = config.num_classes if keep_classes else checkpoint.config.num_classes
+        config = replace(config, se_multiple=checkpoint.config.se_multiple, num_classes=classes)
+    model = GCViT(config)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, source)
+    return model.eval()
+
+
+def load_model(
+    weights: str,
+    name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> tuple[GCViT, ModelInfo]:
+    """A trained classifier with all that travels with it; what is not given is read off the checkpoint.
+
+    The variant is recognised from the tensors. Labels come from the checkpoint, else they are the class numbers. The
+    preprocessing comes from the checkpoint, else it is that of timm (crop 0.875) or, for NVlabs' files, of NVlabs' training.
+
+    Raises:
+        UserError: as `create_model`; or labels that do not match the number of classes; or no head.
+    """
+    checkpoint = read_checkpoint(weights)
+    found = variant_of(checkpoint.config)
+    config = checkpoint.config if name is None else variant_config(name)
+    if num_classes is not None:
+        config = replace(config, num_classes=num_classes)
+    model = _build(config, checkpoint, weights, keep_classes=num_classes is not None)
+    classes = model.config.num_classes
+    if not classes:
+        raise UserError(f"checkpoint {weights} has no classifier head; quantization needs one")
+    labels = labels or checkpoint.labels or Labels.of(str(index) for index in range(classes))
+    if len(labels.names) != classes:
+        raise UserError(f"{len(labels.names)} labels were given for {classes} classes of {weights}; give one label a class, in the "
+                        "order of the logits")
+    variant = found or "gcvit_custom"
+    if preprocessing is None:
+        preprocessing = checkpoint.preprocessing or _default_preprocessing(model.config, variant, checkpoint.origin)
+    if preprocessing.size != model.config.img_size:
+        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {model.config.img_size}; "
+                        "make the two agree")
+    info = ModelInfo(name=variant, config=config_dict(model.config), labels=labels, preprocessing=preprocessing, origin=checkpoint.origin)
+    return model, info
+
+
+def describe_model(model: GCViT, labels: Labels | None = None, preprocessing: Preprocessing | None = None) -> ModelInfo:
+    """The ModelInfo of a network that was made in memory."""
+    config = model.config
+    name = variant_of(config) or "gcvit_custom"
+    origin = Origin(source="made in memory", layout="none", licence=UNKNOWN_LICENCE)
+    return ModelInfo(
+        name=name,
+        config=config_dict(config),
+        labels=labels or Labels.of(str(index) for index in range(config.num_classes)),
+        preprocessing=preprocessing or _default_preprocessing(config, name, origin),
+        origin=origin,
+    )
+
+
+def _default_preprocessing(config: GCViTConfig, name: str, origin: Origin) -> Preprocessing:
+    crop_pct, squash = nvlabs_crop(name) if origin.layout == "nvlabs" else (TIMM_CROP_PCT, False)
+    return default_preprocessing(config.img_size, crop_pct, squash)

@@ -1,0 +1,1 @@
+"""Targets: where artifacts are run and timed; one module each, the file name is the registry."""
