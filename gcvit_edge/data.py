@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +308,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     return preprocessing.normalize(pixels)
 
 
-def batches(pixels: NDArray[np.uint8], preprocessing: Preprocessing, positions: Sequence[int] | None = None) -> Iterable[NDArray[np.float32]]:
-    """Network inputs (1, 3, H, W) float32 of the pixels at `positions` (all by default), one at a time."""
-    for position in range(len(pixels)) if positions is None else positions:
-        yield preprocessing.normalize(np.asarray(pixels[position]))
+def inputs(pixels: Pixels, preprocessing: Preprocessing, count: int | None = None) -> Iterator[NDArray[np.float32]]:
+    """Network inputs (1, 3, H, W) float32 of the first `count` images (None: all), one at a time."""
+    for image in pixels.load()[:count]:
+        yield preprocessing.normalize(image)

@@ -1,0 +1,105 @@
+"""The command line: one module a verb; the file name is the verb.
+
+A verb module has `HELP`, `add_arguments(parser)` and `run(arguments) -> Result`; it imports what is heavy inside `run`. Here the
+verbs are put together, errors become exit codes, and output is kept apart: standard output has the result alone.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+import gcvit_edge.cli as _package
+from gcvit_edge.cli._output import captured_noise
+from gcvit_edge.errors import CheckFailed, LimitBroken, UserError
+from gcvit_edge.registry import load_module, module_names
+
+EXIT_CODES = """\
+exit codes:
+  0  done, everything made and checked
+  1  internal error
+  2  bad input: the message says what was got, what was expected and what to do; nothing was written
+  3  made and checked, but an accuracy limit of the recipe is broken
+  4  a check failed: a changed bundle, a wrong answer, a broken baseline
+  130  interrupted; nothing was written
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a verb gives back. data: for --json. shown: for people, in order. error: raised after both are printed."""
+
+    data: Any
+    shown: list[RenderableType]
+    error: LimitBroken | None = None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs, without importing anything heavy."""
+    from gcvit_edge import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="gcvit-edge",
+        description="GC ViT in INT8 for ExecuTorch, OpenVINO and ONNX Runtime: quantized, measured on the artifact itself, bundled.",
+        epilog="first steps:\n  gcvit-edge quantize --recipe int8_ptq      on the embedded sample, a few minutes\n"
+        "  gcvit-edge predict BUNDLE photo.jpg\n  gcvit-edge VERB --help\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gcvit-edge {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in module_names(_package):
+        module = load_module(_package, "verb", name)
+        verb = verbs.add_parser(
+            name, help=module.HELP.splitlines()[0], description=module.HELP, epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.add_arguments(verb)
+        verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output, and nothing else there")
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    arguments = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    with captured_noise() as streams:
+        errors = Console(file=streams.err, stderr=True)
+        try:
+            result: Result = arguments.run(arguments, errors)
+            if arguments.json:
+                print(json.dumps(result.data, indent=2), file=streams.out)
+            else:
+                console = Console(file=streams.out)
+                for shown in result.shown:
+                    console.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
+            if result.error is None:
+                return 0
+            raise result.error
+        except (UserError, LimitBroken, CheckFailed) as error:
+            errors.print("[bold red]error:[/] ", end="")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            errors.print("interrupted; nothing was written")
+            return 130
+        except BrokenPipeError:
+            return 1
+        except Exception:
+            errors.print_exception()
+            errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
+            return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""`gcvit-edge doctor`."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gcvit_edge.cli import Result
+
+HELP = """what is installed, what works on this machine, and the CPU features that fast INT8 needs
+
+Every runtime makes a small float model, quantizes it and runs it.
+
+  gcvit-edge doctor
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="only look at versions and CPU features; run nothing")
+
+
+def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
+    from rich.table import Table
+
+    from gcvit_edge.cli import Result
+    from gcvit_edge.doctor import examine
+    from gcvit_edge.progress import Steps
+
+    data = examine(Steps(errors), quick=arguments.quick)
+    packages = Table("package", "version", title="Installed", title_justify="left")
+    for name, version in data["packages"].items():
+        packages.add_row(name, version or "[red]not installed[/]")
+    backends = Table("backend", "state", title="Backends", title_justify="left")
+    for name, state in data["backends"].items():
+        backends.add_row(name, f"[green]{state}[/]" if state.startswith("works") else state)
+    features = Table("feature", "for", "here", title=f"{data['cpu']}, {data['cpus']} CPUs", title_justify="left")
+    for feature in data["int8_features"]:
+        features.add_row(feature["flag"], feature["meaning"], "[green]yes[/]" if feature["present"] else "[yellow]no[/]")
+    return Result(data, [packages, backends, features, data["verdict"]])

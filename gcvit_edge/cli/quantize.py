@@ -1,0 +1,60 @@
+"""`gcvit-edge quantize`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcvit_edge.cli._options import add_model_options, add_output_options, model_options
+from gcvit_edge.errors import LimitBroken
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gcvit_edge.cli import Result
+
+HELP = """quantize a model for every backend, measure each artifact against float, and pack a bundle
+
+Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
+
+  gcvit-edge quantize --recipe int8_ptq
+  gcvit-edge quantize --recipe int8_ptq --weights flowers.safetensors --calib train/ --eval val/ -o flowers-int8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="int8_ptq", metavar="NAME", help="recipe name or .yaml file; see `gcvit-edge recipes list` (%(default)s)")
+    add_model_options(parser)
+    images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
+    images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")
+    images.add_argument("--eval", type=Path, metavar="DIR", help="measures the accuracy; other images than --calib")
+    add_output_options(parser)
+    parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+
+
+def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
+    from gcvit_edge.cli import Result
+    from gcvit_edge.pipeline import run_job
+    from gcvit_edge.plan import describe_plan, plan
+    from gcvit_edge.progress import Steps
+    from gcvit_edge.report.table import results_table, seconds_table
+
+    job = plan(
+        arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, backends=arguments.backends,
+        output=arguments.output, threads=arguments.threads, force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
+    )  # fmt: skip
+    if arguments.dry_run:
+        described = describe_plan(job)
+        return Result(described, [f"{key}: {value}" for key, value in described.items()] + ["dry run: nothing was written"])
+    bundle = run_job(job, Steps(errors))
+    report = bundle.report
+    broken = [entry["backend"] for entry in report["artifacts"] if not entry["within_limits"]]
+    error = None
+    if broken:
+        limits = job.recipe.limits
+        error = LimitBroken(
+            f"{', '.join(broken)}: top-1 drop over {limits.max_drop} points or agreement below {limits.min_agreement:.1%}, the limits of "
+            f"{job.recipe.name}; the bundle {job.output} is there to look at, but should not ship"
+        )
+    shown = [results_table(report), seconds_table(report["seconds"]), f"bundle: {job.output}"]
+    return Result(report, shown, error)

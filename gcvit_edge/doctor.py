@@ -1,0 +1,75 @@
+"""What is installed, and what works on this machine."""
+
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.machine import cpu_name, int8_features
+from gcvit_edge.progress import Steps
+from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.targets.local import default_threads
+
+PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
+    """Versions, CPU features, and (unless `quick`) whether each backend can make and run a small INT8 model here."""
+    features = [{"flag": flag, "meaning": meaning, "present": present} for flag, meaning, present in int8_features()]
+    backends = {name: "not tried" for name in backend_names()}
+    if not quick:
+        for name in backends:
+            with steps.step(f"try {name}"):
+                backends[name] = _try(name)
+    failed = [name for name, state in backends.items() if state.startswith("fails")]
+    present = [feature["flag"] for feature in features if feature["present"]]
+    fast = any(flag in present for flag in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"))
+    verdict = "INT8 runs on this CPU's own INT8 instructions." if fast else (
+        "This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here."
+    )
+    if failed:
+        verdict += f" Not working: {', '.join(failed)}."
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backends": backends,
+        "cpu": cpu_name(),
+        "cpus": default_threads(),
+        "int8_features": features,
+        "verdict": verdict,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _try(name: str) -> str:
+    """Makes, quantizes and runs a tiny GC ViT; whatever goes wrong is the answer, not an error."""
+    import torch
+
+    from gcvit_edge.model.create import create_model, describe_model
+
+    try:
+        torch.manual_seed(0)
+        model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
+        info = describe_model(model)
+        images = list(np.random.default_rng(0).standard_normal((8, 1, 3, 32, 32), np.float32))
+        recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+        backend = load_backend(name)
+        graph = backend.capture(model, info)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / backend.ARTIFACT.format(precision="int8")
+            backend.save(backend.quantize(graph, recipe, images), path, info)
+            got = backend.load(path, 1)(images[0])
+        with torch.no_grad():
+            parity = sqnr_db(got, model(torch.from_numpy(images[0])).numpy())
+        return f"works ({parity:.0f} dB on a small INT8 model)" if parity > 15 else f"fails: wrong answers, {parity:.0f} dB"
+    except Exception as error:  # a doctor reports what is broken, whatever it is
+        return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,90 @@
+"""Float export without quantization: the deploy form in every runtime, checked against PyTorch, as a bundle."""
+
+import builtins
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.bundle import Bundle, open_bundle, staged_bundle
+from gcvit_edge.data import Labels, Preprocessing
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.machine import cpu_name
+from gcvit_edge.pack import pack
+from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, save_artifact, timing_entry
+from gcvit_edge.plan import bundle_path, sample_weights
+from gcvit_edge.progress import Steps
+from gcvit_edge.targets.local import Session, default_threads, time_artifacts
+
+
+def export_float(
+    model: str | None = None,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+    backends: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    zip: bool = False,
+    steps: Steps | None = None,
+) -> Bundle:
+    """Exports a trained model in float32 for every backend, checks that each runtime agrees with PyTorch, packs a bundle.
+
+    The arguments are those of `quantize`.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        CheckFailed: an artifact disagrees with PyTorch; nothing was written.
+    """
+    import torch
+
+    from gcvit_edge.model.create import load_model
+
+    names = list(dict.fromkeys(backends or backend_names()))
+    for name in names:
+        load_backend(name)
+    network, info = load_model(
+        str(weights or sample_weights(model)), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing
+    )
+    path = bundle_path(output, f"{info.name}.float", zip)
+    steps, threads = steps or Steps(), threads or default_threads()
+    shape = (GOLDEN_IMAGES, network.config.in_chans, *network.config.img_size)
+    golden = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with staged_bundle(path, force) as stage:
+        with torch.no_grad():
+            expected = network(torch.from_numpy(golden)).numpy()
+        np.save(stage / "input.npy", golden)
+        artifacts: list[Artifact] = []
+        entries: list[dict[str, Any]] = []
+        for name in names:
+            with steps.step(f"{name}: export float"):
+                backend = load_backend(name)
+                artifact = save_artifact(name, backend.capture(network, info), "float", stage, info)
+            with Session(artifact, threads) as session:
+                parity = sqnr_db(session.replay(stage / "input.npy"), expected)
+            if parity < MIN_FLOAT_PARITY_DB:
+                raise CheckFailed(f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected at least {MIN_FLOAT_PARITY_DB:.0f} dB")
+            artifacts.append(artifact)
+            file = artifact.path.relative_to(stage).as_posix()
+            entries.append({"backend": name, "precision": "float", "file": file, "size_bytes": artifact.size_bytes, "parity_db": round(parity, 1)})
+        (stage / "input.npy").unlink()
+        with steps.step("time", TIMED_ROUNDS * len(artifacts)) as advance:
+            timings = time_artifacts(artifacts, (1, *shape[1:]), threads, TIMED_ROUNDS, advance)
+        report = {
+            "model": info.name,
+            "recipe": None,
+            "images": 0,
+            "artifacts": [entry | timing_entry(timing) for entry, timing in builtins.zip(entries, timings, strict=True)],
+            "machine": {"cpu": cpu_name(), "threads": threads, "system": platform.platform(terse=True)},
+            "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
+        }
+        pack(stage, info, artifacts, golden, report, None, threads)
+    return open_bundle(path)

@@ -1,0 +1,70 @@
+"""Everything in a bundle that is not an artifact: golden tensors, labels, preprocessing, report, model card, manifest."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gcvit_edge import __version__
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import load_backend
+from gcvit_edge.bundle import FORMAT_VERSION, GOLDEN_INPUT, File, Manifest, RecipeCopy, Role, describe_file, golden_output, write_manifest
+from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.report.card import model_card
+from gcvit_edge.targets.local import Session
+
+
+def pack(
+    stage: Path,
+    info: ModelInfo,
+    artifacts: list[Artifact],
+    golden: NDArray[np.float32],
+    report: dict[str, Any],
+    recipe: RecipeCopy | None,
+    threads: int,
+) -> None:
+    """Completes the folder `stage`, which holds `artifacts`; bundle.json comes last.
+
+    golden: network inputs (N, C, H, W), which every artifact answers in its own runtime to make its golden output.
+    """
+    files: list[File] = []
+    for artifact in artifacts:
+        files.append(describe_file(stage, artifact.path, "artifact", artifact))
+        files += [describe_file(stage, path, "artifact_data", artifact) for path in artifact.files[1:]]
+    (stage / GOLDEN_INPUT).parent.mkdir()
+    np.save(stage / GOLDEN_INPUT, golden)
+    files.append(describe_file(stage, stage / GOLDEN_INPUT, "golden"))
+    for artifact in artifacts:
+        with Session(artifact, threads) as session:
+            np.save(stage / golden_output(artifact), session.replay(stage / GOLDEN_INPUT))
+        files.append(describe_file(stage, stage / golden_output(artifact), "golden", artifact))
+    requirements = {artifact.backend: load_backend(artifact.backend).requirements(artifact.path) for artifact in artifacts}
+    texts: list[tuple[str, Role, str]] = [
+        ("labels.txt", "labels", "".join(f"{name}\n" for name in info.labels.names)),
+        ("preprocessor_config.json", "preprocessing", _json(info.preprocessing.to_huggingface())),
+        ("report.json", "report", _json(report)),
+        ("README.md", "card", model_card(info, report, requirements)),
+    ]
+    for name, role, text in texts:
+        (stage / name).write_text(text, encoding="utf-8")
+        files.append(describe_file(stage, stage / name, role))
+    packages = sorted({package for artifact in artifacts for package in load_backend(artifact.backend).PACKAGES})
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        model=info,
+        recipe=recipe,
+        files=tuple(files),
+        requirements=requirements,
+        tools={"gcvit-edge": __version__, "python": platform.python_version()} | {package: version(package) for package in packages},
+        results=report["artifacts"],
+        within_limits=all(entry["within_limits"] for entry in report["artifacts"]) if recipe else None,
+    )
+    write_manifest(stage, manifest)
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"

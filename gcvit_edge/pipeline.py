@@ -1,0 +1,212 @@
+"""The main job: checkpoint -> deploy form -> float and INT8 artifact of each backend -> measured -> bundle."""
+
+import gc
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import load_backend
+from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
+from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, decode_images, inputs
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
+from gcvit_edge.machine import cpu_name
+from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.pack import pack
+from gcvit_edge.plan import Job, plan
+from gcvit_edge.progress import Advance, Steps
+from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifacts
+
+if TYPE_CHECKING:
+    from gcvit_edge.model.gcvit import GCViT
+
+GOLDEN_IMAGES = 2
+TIMED_ROUNDS = 20
+MIN_FLOAT_PARITY_DB = 80.0  # float artifacts differ by rounding only, which is above 100 dB
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one backend made."""
+
+    float: Artifact
+    int8: Artifact
+
+
+def quantize(
+    recipe: str = "int8_ptq",
+    model: "str | GCViT | None" = None,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+    calib: str | Path | None = None,
+    eval: str | Path | None = None,
+    backends: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    keep_float: bool = False,
+    zip: bool = False,
+    steps: Steps | None = None,
+) -> Bundle:
+    """Quantizes a GC ViT for every backend, measures each artifact against float in its own runtime, and packs a bundle.
+
+    recipe: name or YAML file. model: variant name, or a network from `create_model`; None recognises the weights. weights: a
+    checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval: folders (or .zip) of
+    images, one sub-folder a class. backends: default, those of the recipe. output: the bundle to make. keep_float: ship the
+    float artifacts too. zip: one file instead of a folder. steps: where progress goes.
+
+    Raises:
+        UserError: bad input; nothing was written.
+        CheckFailed: an artifact could not be made or does not do what it should; nothing was written.
+
+    The bundle is returned even if it breaks the recipe's limits: see `bundle.manifest.within_limits`.
+    """
+    job = plan(
+        recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
+        backends=backends, output=output, threads=threads, force=force, keep_float=keep_float, zip=zip,
+    )  # fmt: skip
+    return run_job(job, steps or Steps())
+
+
+def run_job(job: Job, steps: Steps) -> Bundle:
+    """Does what `plan` has checked; see `quantize`."""
+    with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch, staged_bundle(job.output, job.force) as stage:
+        work = Path(scratch)
+        calibration = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
+        pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
+        made = [_make(job, name, calibration, stage if job.keep_float else work, stage, steps) for name in job.backends]
+        report = _measure(job, made, pixels, stage, steps)
+        report["skipped_images"] = [*calibration.skipped, *pixels.skipped]
+        shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
+        with steps.step("pack"):
+            golden = np.concatenate(list(inputs(pixels, job.info.preprocessing, GOLDEN_IMAGES)))
+            recipe = RecipeCopy(name=job.recipe.name, text=job.recipe_text)
+            pack(stage, job.info, shipped, golden, report, recipe, job.threads)
+    return open_bundle(job.output)
+
+
+def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name: str, steps: Steps) -> Pixels:
+    with steps.step(name, len(images.files)) as advance:
+        return decode_images(images, preprocessing, file, advance)
+
+
+def _make(job: Job, name: str, calibration: Pixels, float_folder: Path, stage: Path, steps: Steps) -> Made:
+    """Float and INT8 artifact of one backend."""
+    backend = load_backend(name)
+    with steps.step(f"{name}: export float"):
+        graph = backend.capture(job.model, job.info)
+        float_artifact = save_artifact(name, graph, "float", float_folder, job.info)
+    with steps.step(f"{name}: calibrate and quantize", len(calibration.kept)) as advance:
+        quantized = backend.quantize(graph, job.recipe, _announced(calibration, job.info.preprocessing, advance))
+    with steps.step(f"{name}: export {job.recipe.precision}"):
+        int8_artifact = save_artifact(name, quantized, job.recipe.precision, stage, job.info)
+    del graph, quantized
+    gc.collect()
+    return Made(float_artifact, int8_artifact)
+
+
+def _announced(calibration: Pixels, preprocessing: Preprocessing, advance: Advance) -> Iterator[NDArray[np.float32]]:
+    for image in inputs(calibration, preprocessing):
+        yield image
+        advance()
+
+
+def save_artifact(name: str, graph: Any, precision: str, folder: Path, info: ModelInfo) -> Artifact:
+    """Writes a backend's graph below `folder`, where the bundle has its artifacts of that precision."""
+    backend = load_backend(name)
+    path = folder / backend.ARTIFACT.format(precision=precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Artifact(name, precision, path, tuple(backend.save(graph, path, info)))
+
+
+def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> dict[str, Any]:
+    """The report: accuracy of every INT8 artifact against float on the same images, and the latency of all, interleaved.
+
+    The float logits come from the first backend's float artifact on all images; the other float artifacts are checked to
+    give the same on some of them, which is all that float rounding leaves open.
+    """
+    classes = job.classes[pixels.kept]
+    evaluated = [made[0].float, *(each.int8 for each in made)]
+    with steps.step("evaluate", len(evaluated) * len(pixels.kept)) as advance:
+        reference, *logits = run_artifacts(evaluated, pixels, job.info.preprocessing, advance)
+    check_baseline(reference, classes)
+    with steps.step("check float artifacts"):
+        for each in made[1:]:
+            _check_float(each.float, made[0].float, pixels, job.info.preprocessing, reference)
+    shape = (1, job.model.config.in_chans, *job.model.config.img_size)
+    timed = [artifact for each in made for artifact in (each.float, each.int8)]
+    with steps.step("time", TIMED_ROUNDS * len(timed)) as advance:
+        timings = time_artifacts(timed, shape, job.threads, TIMED_ROUNDS, advance)
+    entries = [
+        _entry(job, stage, each, logits[i], reference, classes, timings[2 * i], timings[2 * i + 1]) for i, each in enumerate(made)
+    ]
+    return {
+        "model": job.info.name,
+        "recipe": job.recipe.name,
+        "images": len(pixels.kept),
+        "float": {"top1": float(hits(reference, classes, 1).mean()), "top5": float(hits(reference, classes, 5).mean())},
+        "artifacts": entries,
+        "limits": job.recipe.limits.model_dump(),
+        "machine": {"cpu": cpu_name(), "threads": job.threads, "system": platform.platform(terse=True)},
+        "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
+    }
+
+
+def _check_float(artifact: Artifact, first: Artifact, pixels: Pixels, preprocessing: Preprocessing, reference: Logits) -> None:
+    count = min(16, len(pixels.kept))
+    with Session(artifact, threads=1) as session:
+        parity = sqnr_db(session.run(pixels, preprocessing, 0, count, lambda: None), reference[:count])
+    if parity < MIN_FLOAT_PARITY_DB:
+        raise CheckFailed(f"the float artifacts {artifact.name} and {first.name} disagree: {parity:.1f} dB, expected at least "
+                          f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken")
+
+
+def _entry(
+    job: Job, stage: Path, each: Made, logits: Logits, reference: Logits, classes: NDArray[np.int64], before: Timing, after: Timing
+) -> dict[str, Any]:
+    accuracy = compare(logits, reference, classes)
+    limits = job.recipe.limits
+    backend = load_backend(each.int8.backend)
+    return {
+        "backend": each.int8.backend,
+        "precision": each.int8.precision,
+        "file": each.int8.path.relative_to(stage).as_posix(),
+        "integer_operators": [operator for operator in job.recipe.operators if operator in backend.INTEGER_OPERATORS],
+        "size_bytes": each.int8.size_bytes,
+        "float_size_bytes": each.float.size_bytes,
+        **{key: _rounded(value) for key, value in asdict(accuracy).items() if key != "worst_class"},
+        "worst_class": job.info.labels.names[accuracy.worst_class],
+        "within_limits": accuracy.drop_points <= limits.max_drop and accuracy.agreement >= limits.min_agreement,
+        **timing_entry(after),
+        "float_latency_ms": timing_entry(before)["latency_ms"],
+        "float_load_ms": round(before.load_ms, 1),
+        "float_peak_rss_mb": round(before.peak_rss_mb, 1),
+        "speedup": round(before.percentile(50) / after.percentile(50), 3),
+    }
+
+
+def timing_entry(timing: Timing) -> dict[str, Any]:
+    """What a report says of a timing."""
+    return {
+        "load_ms": round(timing.load_ms, 1),
+        "first_ms": round(timing.first_ms, 2),
+        "latency_ms": {f"p{q}": round(timing.percentile(q), 3) for q in (50, 90, 99)},
+        "timed_runs": len(timing.samples),
+        "threads": timing.threads,
+        "peak_rss_mb": round(timing.peak_rss_mb, 1),
+        "runtime_rss_mb": round(timing.runtime_rss_mb, 1),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return [round(v, 4) for v in value] if isinstance(value, tuple) else round(value, 6)

@@ -1,0 +1,158 @@
+"""Checking a request to quantize, before any long step: all bad input is refused here, and nothing is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gcvit_edge.backends import load_backend
+from gcvit_edge.bundle import check_output
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, find_images
+from gcvit_edge.errors import UserError
+from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
+from gcvit_edge.resources import resource_dir
+from gcvit_edge.targets.local import default_threads
+
+if TYPE_CHECKING:
+    from gcvit_edge.model.gcvit import GCViT
+
+SAMPLE_MODEL = "gcvit_xxtiny"
+SAMPLE_WEIGHTS = "gcvit_xxtiny.fashion_mnist.safetensors"
+MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: everything that can be wrong with the input has been looked at, and nothing was written."""
+
+    recipe: Recipe
+    recipe_text: str
+    model: "GCViT"
+    info: ModelInfo
+    calibration: ImageFolder
+    evaluation: ImageFolder
+    classes: NDArray[np.int64]
+    backends: tuple[str, ...]
+    output: Path
+    threads: int
+    force: bool
+    keep_float: bool
+
+
+def plan(
+    recipe: str = "int8_ptq",
+    model: "str | GCViT | None" = None,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+    calib: str | Path | None = None,
+    eval: str | Path | None = None,
+    backends: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    keep_float: bool = False,
+    zip: bool = False,
+) -> Job:
+    """Checks a request to quantize; the arguments are those of `quantize`.
+
+    Raises:
+        UserError: anything that is wrong with the input, before any long step.
+    """
+    text = recipe_text(recipe)
+    parsed = parse_recipe(text, recipe)
+    names = tuple(dict.fromkeys(backends or parsed.backends))
+    for name in names:
+        load_backend(name)
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}")
+    sample = weights is None and (model is None or isinstance(model, str))
+    calib, eval = _image_folders(sample, calib, eval)
+    calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
+    network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
+    classes = class_indices(evaluation, info.labels)
+    if len(calibration.files) < MIN_CALIBRATION_IMAGES:
+        raise UserError(f"{calib} has {len(calibration.files)} calibration images; give at least {MIN_CALIBRATION_IMAGES}, "
+                        f"better the {parsed.calibration.images} that the recipe wants")
+    target = bundle_path(output, f"{info.name}.{parsed.name}", zip)
+    check_output(target, force)
+    selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
+    return Job(parsed, text, network, info, selected, evaluation, classes, names, target, threads or default_threads(), force, keep_float)
+
+
+def bundle_path(output: str | Path | None, name: str, zip: bool) -> Path:
+    """Where a bundle goes: `output`, or `name` in the current folder; with `zip`, ending in .zip."""
+    path = Path(output or name)
+    return path.with_name(path.name + ".zip") if zip and path.suffix != ".zip" else path
+
+
+def sample_weights(model: str | None) -> Path:
+    """The embedded checkpoint.
+
+    Raises:
+        UserError: `model` is a variant without embedded weights.
+    """
+    if model not in (None, SAMPLE_MODEL):
+        raise UserError(f"only {SAMPLE_MODEL} comes with weights; give --weights FILE or hf-hub:ID for {model}")
+    return resource_dir("calib") / SAMPLE_WEIGHTS
+
+
+def _image_folders(sample: bool, calib: str | Path | None, eval: str | Path | None) -> tuple[Path, Path]:
+    if sample:
+        return Path(calib or resource_dir("calib") / "calib.zip"), Path(eval or resource_dir("calib") / "eval.zip")
+    if calib is None or eval is None:
+        missing = "--calib" if calib is None else "--eval"
+        raise UserError(f"a model of your own needs {missing} DIR: a folder (or .zip) of your images, one sub-folder a class; "
+                        "calibration sets the INT8 ranges, evaluation measures what they cost")
+    return Path(calib), Path(eval)
+
+
+def _resolve_model(
+    model: "str | GCViT | None",
+    weights: str | Path | None,
+    num_classes: int | None,
+    labels: Labels | None,
+    preprocessing: Preprocessing | None,
+    evaluation: ImageFolder,
+) -> "tuple[GCViT, ModelInfo]":
+    from gcvit_edge.model.create import describe_model, load_model
+    from gcvit_edge.model.variants import variant_config
+
+    if isinstance(model, str):
+        variant_config(model)  # an unknown name is reported before anything else
+    folders = sorted(set(evaluation.classes))
+    if model is not None and not isinstance(model, str):
+        return model, describe_model(model, labels or (Labels.of(folders) if len(folders) == model.config.num_classes else None), preprocessing)
+    if weights is None:
+        weights = sample_weights(model)
+    network, info = load_model(str(weights), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing)
+    unnamed = info.labels == Labels.of(str(index) for index in range(network.config.num_classes))
+    if unnamed and len(folders) == network.config.num_classes:
+        # no names anywhere: the order of the folders, as torchvision's ImageFolder has it
+        info = info.model_copy(update={"labels": Labels.of(folders)})
+    return network, info
+
+
+def describe_plan(job: Job) -> dict[str, Any]:
+    """What a job would do, as JSON."""
+    return {
+        "model": job.info.name,
+        "recipe": job.recipe.name,
+        "weights": job.info.origin.source,
+        "licence": job.info.origin.licence,
+        "classes": len(job.info.labels.names),
+        "preprocessing": job.info.preprocessing.model_dump(),
+        "calibration_images": len(job.calibration.files),
+        "evaluation_images": len(job.evaluation.files),
+        "backends": list(job.backends),
+        "output": str(job.output),
+        "threads": job.threads,
+    }
+
+

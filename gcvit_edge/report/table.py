@@ -1,0 +1,59 @@
+"""Tables of a report on the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def results_table(report: dict[str, Any]) -> Table:
+    """One line an INT8 artifact, with float beside it."""
+    title = f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}"
+    table = Table(title=title, title_justify="left", caption_justify="left",
+                  caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads; latency: median of interleaved runs, batch 1")
+    table.add_column("runtime")
+    for heading in ("top-1", "drop, points\n(95 % interval)", "agreement\nwith float", "logit\nSQNR", "MB\n(of float)", "ms p50\n(p90)",
+                    "float ms\np50", "speed-up", "load ms", "peak MB"):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for entry in report["artifacts"]:
+        low, high = entry["drop_ci95"]
+        table.add_row(
+            entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}, outside limits[/]",
+            f"{entry['top1']:.2%}",
+            f"{entry['drop_points']:+.2f}\n({low:+.2f} to {high:+.2f})",
+            f"{entry['agreement']:.2%}",
+            f"{entry['sqnr_db']:.1f} dB",
+            f"{entry['size_bytes'] / 1e6:.1f}\n({entry['size_bytes'] / entry['float_size_bytes']:.0%})",
+            f"{entry['latency_ms']['p50']:.1f}\n({entry['latency_ms']['p90']:.1f})",
+            f"{entry['float_latency_ms']['p50']:.1f}",
+            f"{entry['speedup']:.2f}x",
+            f"{entry['load_ms']:.0f}",
+            f"{entry['peak_rss_mb']:.0f}",
+        )
+    return table
+
+
+def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
+    """Latency, load time and memory of artifacts."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("runtime", "precision"):
+        table.add_column(heading)
+    for heading in ("ms p50", "p90", "p99", "first", "load ms", "MB", "peak MB"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        latency = entry["latency_ms"]
+        table.add_row(
+            entry["backend"], entry["precision"], *(f"{latency[key]:.2f}" for key in ("p50", "p90", "p99")), f"{entry['first_ms']:.1f}",
+            f"{entry['load_ms']:.0f}", f"{entry['size_bytes'] / 1e6:.1f}", f"{entry['peak_rss_mb']:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def seconds_table(seconds: dict[str, float]) -> Table:
+    """Where the time went."""
+    table = Table(title="Where the time went", title_justify="left")
+    table.add_column("step")
+    table.add_column("seconds", justify="right")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.1f}")
+    table.add_row("[bold]all[/]", f"[bold]{sum(seconds.values()):.1f}[/]")
+    return table
