@@ -241,10 +241,12 @@ class Bundle:
             listed.add(file.path)
             if not path.is_file():
                 raise CheckFailed(f"{file.path} is missing from the bundle; get the bundle again")
-            if path.stat().st_size != file.size_bytes or (found := sha256(path)) != file.sha256:
-                got = f"{path.stat().st_size} bytes" if path.stat().st_size != file.size_bytes else f"sha256 {found[:12]}..."
-                want = f"{file.size_bytes} bytes, sha256 {file.sha256[:12]}..."
-                raise CheckFailed(f"{file.path} was changed after the bundle was made: got {got}, expected {want}; get the bundle again")
+            found = sha256(path)
+            if found != file.sha256:
+                raise CheckFailed(
+                    f"{file.path} was changed after the bundle was made: got {path.stat().st_size} bytes with sha256 {found[:12]}..., "
+                    f"expected {file.size_bytes} bytes with {file.sha256[:12]}...; get the bundle again"
+                )
         extra = sorted({p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()} - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")

@@ -138,10 +138,10 @@ def read_labels(path: Path) -> Labels:
     if path.suffix == ".json":
         data = _read_json(path, "labels")
         data = data.get("classes") or data.get("id2label") or data if isinstance(data, dict) else data
-        if isinstance(data, dict):
+        if isinstance(data, dict):  # id2label
             data = [data[key] for key in sorted(data, key=int)] if all(key.isdigit() for key in data) else []
         pairs = [(e["wnid"], e["name"]) if isinstance(e, dict) and {"wnid", "name"} <= set(e) else (e, e) for e in data]
-        if not pairs or not all(isinstance(name, str) for _, name in pairs):
+        if not pairs or not all(isinstance(folder, str) for folder, _ in pairs):
             raise UserError(f"{path} holds no list of class names; give a list of strings, or a text file with a name a line")
     else:
         lines = [line.rstrip("\r") for line in _read_text(path, "labels").split("\n") if line.strip()]
@@ -216,8 +216,8 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
         UserError: images without a class folder, or a folder that is no class of the model.
     """
     if "" in images.classes:
-        raise UserError(f"{images.root} has images outside class folders, such as {images.files[images.classes.index('')]}; "
-                        "lay them out as class/image")
+        stray = images.files[images.classes.index("")]
+        raise UserError(f"{images.root} has images outside class folders, such as {stray}; lay them out as class/image")
     index = {name.replace("/", "_"): i for i, name in enumerate(labels.names)}
     index |= {folder: i for i, folder in enumerate(labels.folders)}
     unknown = sorted(set(images.classes) - set(index))

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxs
 def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     """Versions, CPU features, and (unless `quick`) whether each backend can make and run a small INT8 model here."""
     features = [{"flag": flag, "meaning": meaning, "present": present} for flag, meaning, present in int8_features()]
-    backends = {name: "not tried" for name in backend_names()}
+    backends = dict.fromkeys(backend_names(), "not tried")
     if not quick:
         for name in backends:
             with steps.step(f"try {name}"):

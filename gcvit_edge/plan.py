@@ -128,7 +128,8 @@ def _resolve_model(
         variant_config(model)  # an unknown name is reported before anything else
     folders = sorted(set(evaluation.classes))
     if model is not None and not isinstance(model, str):
-        return model, describe_model(model, labels or (Labels.of(folders) if len(folders) == model.config.num_classes else None), preprocessing)
+        by_folder = Labels.of(folders) if len(folders) == model.config.num_classes else None
+        return model, describe_model(model, labels or by_folder, preprocessing)
     if weights is None:
         weights = sample_weights(model)
     network, info = load_model(str(weights), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing)

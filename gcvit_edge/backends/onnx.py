@@ -143,7 +143,7 @@ def load(path: Path, threads: int) -> "Runner":
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
-        return session.run([_OUTPUT], {_INPUT: image})[0]
+        return np.asarray(session.run([_OUTPUT], {_INPUT: image})[0])
 
     return run
 

@@ -3,6 +3,7 @@
 Sources: NNCF 3.4 post-training quantization guide; OpenVINO 2026 model API conventions for `model_info`.
 """
 
+import logging
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +48,7 @@ def quantize(graph: "Model", recipe: Recipe, images: Iterable[NDArray[np.float32
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    nncf.set_log_level("ERROR")
+    nncf.set_log_level(logging.ERROR)
     samples = list(images)
     advanced = nncf.AdvancedQuantizationParameters(
         # smoothing can hurt window attention (NNCF's own figures for Swin-B: -1.7 points)

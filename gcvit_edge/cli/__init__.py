@@ -8,6 +8,7 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ class Result:
     """What a verb gives back. data: for --json. shown: for people, in order. error: raised after both are printed."""
 
     data: Any
-    shown: list[RenderableType]
+    shown: Sequence[RenderableType]
     error: LimitBroken | None = None
 
 

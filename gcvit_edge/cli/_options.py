@@ -9,7 +9,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which network: --model, --weights, --num-classes, --labels, --preprocessing."""
     group = parser.add_argument_group("model (default: the embedded sample, gcvit_xxtiny on Fashion-MNIST)")
     group.add_argument("--model", metavar="NAME", help="variant, such as gcvit_xxtiny (default: recognised from the weights)")
-    group.add_argument("--weights", metavar="FILE", help="checkpoint of timm, NVlabs or gcvit-edge (.safetensors, .pth, .pth.tar), or hf-hub:ID")
+    group.add_argument("--weights", metavar="FILE", help="checkpoint of timm, NVlabs or gcvit-edge (.safetensors, .pth), or hf-hub:ID")
     group.add_argument("--num-classes", type=int, metavar="N", help="classes that the checkpoint must have (default: what it has)")
     group.add_argument("--labels", type=Path, metavar="FILE", help="class names in the order of the logits: a name a line, or JSON")
     group.add_argument(

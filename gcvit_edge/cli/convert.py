@@ -54,4 +54,4 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}; choose another --output") from error
     lines = [f"{output}: {info.name}, {len(info.labels.names)} classes, licence {info.origin.licence}, origin {info.origin.source}"]
-    return Result({"file": str(output), **info.model_dump()}, [*lines])
+    return Result({"file": str(output), **info.model_dump()}, lines)

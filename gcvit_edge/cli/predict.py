@@ -32,4 +32,4 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
         data.append({"image": str(image), "classes": [{"label": name, "probability": round(p, 6)} for name, p in classes]})
         lines.append(str(image))
         lines += [f"  {probability:7.2%}  {name}" for name, probability in classes]
-    return Result(data, [*lines])
+    return Result(data, lines)

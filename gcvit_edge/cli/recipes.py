@@ -21,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
-    from rich.syntax import Syntax
-
     from gcvit_edge.cli import Result
     from gcvit_edge.errors import UserError
     from gcvit_edge.recipe import parse_recipe, recipe_names, recipe_text
@@ -32,6 +30,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             raise UserError(f"which recipe? one of: {', '.join(recipe_names())}")
         text = recipe_text(arguments.name)
         recipe = parse_recipe(text, arguments.name)
-        return Result(recipe.model_dump(), [text.rstrip("\n") if not errors.is_terminal else Syntax(text, "yaml", background_color="default")])
+        return Result(recipe.model_dump(), [text.rstrip("\n")])
     recipes = [parse_recipe(recipe_text(name), name) for name in recipe_names()]
     return Result([recipe.model_dump() for recipe in recipes], [f"{recipe.name:14} {recipe.description}" for recipe in recipes])

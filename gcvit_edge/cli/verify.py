@@ -33,4 +33,4 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
         for replay in replays
     ]
     data = {"files": len(bundle.manifest.files), "replays": [asdict(r) | {"sqnr_db": min(r.sqnr_db, 999.0)} for r in replays]}
-    return Result(data, [*lines])
+    return Result(data, lines)

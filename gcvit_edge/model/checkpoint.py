@@ -129,9 +129,10 @@ def _read_pickle(path: Path) -> State:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "Unsupported" in str(error):
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"checkpoint {path} is a pickle that holds more than weights, and was not executed ({_reason(error)}); "
-                            "save its state_dict alone, or use safetensors") from error
+            raise UserError(
+                f"checkpoint {path} is a pickle that holds more than weights, and was not executed ({_reason(error)}); "
+                "save its state_dict alone, or use safetensors"
+            ) from error
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file; download it again") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file ({error}); download it again") from error

@@ -219,15 +219,17 @@ class _Stage(nn.Module):
     def __init__(self, model: gcvit.GCViT, index: int, form: Form) -> None:
         super().__init__()
         config, stage = model.config, model.stages[index]
+        assert isinstance(stage, gcvit.Stage)
         self.dim, self.size, self.window = config.stage_dim(index), config.feature_size(index), config.window(index)
         self.rows, self.cols = self.size[0] // self.window[0], self.size[1] // self.window[1]
         self.heads, self.form = config.num_heads[index], form
-        if index:
+        if isinstance(stage.downsample, gcvit.Downsample):
             self.norm1 = _AffineNorm(stage.downsample.norm1, form, channels=-1)
             self.downsample = _Downsample(stage.downsample, form)
         self.first = index == 0
         self.global_query = stage.global_block
-        self.blocks = nn.ModuleList(_Block(block, self.rows * self.cols, form) for block in stage.blocks)
+        blocks: list[gcvit.Block] = list(stage.blocks)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(_Block(block, self.rows * self.cols, form) for block in blocks)
         if form.norm == "rms":
             self.register_buffer("average", torch.full((1, self.dim), 1 / self.dim))
 
@@ -270,7 +272,9 @@ class _Network(nn.Module):
         self.stages = nn.ModuleList(_Stage(model, index, form) for index in range(len(config.depths)))
         self.size, self.dim = config.feature_size(3), config.stage_dim(3)
         self.norm = _StreamNorm(self.dim, form)
-        self.head = _linear(*_fold_affine(model.stages[-1].norm, model.head.fc))
+        last_norm = model.stages[-1].norm
+        assert isinstance(last_norm, nn.LayerNorm)
+        self.head = _linear(*_fold_affine(last_norm, model.head.fc))
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.downsample(self.norm1(self.conv1(image)))

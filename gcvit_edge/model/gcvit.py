@@ -17,8 +17,8 @@ NORM_EPS = 1e-5
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a (B, C, H, W) tensor."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class SqueezeExcite(nn.Module):
@@ -223,9 +223,7 @@ class Stage(nn.Module):
     def __init__(self, config: GCViTConfig, stage: int, drop_path: list[float]) -> None:
         super().__init__()
         dim = config.stage_dim(stage)
-        self.downsample = (
-            Downsample(dim // 2, dim, config.se_dim(dim // 2)) if stage else nn.Identity()
-        )
+        self.downsample = Downsample(dim // 2, dim, config.se_dim(dim // 2)) if stage else nn.Identity()
         self.global_block = GlobalQueryGenerator(dim, config.se_dim(dim), config.query_levels(stage))
         self.blocks = nn.ModuleList(
             Block(

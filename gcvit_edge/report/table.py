@@ -6,28 +6,28 @@ from rich.table import Table
 
 
 def results_table(report: dict[str, Any]) -> Table:
-    """One line an INT8 artifact, with float beside it."""
-    title = f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}"
-    table = Table(title=title, title_justify="left", caption_justify="left",
-                  caption=f"{report['machine']['cpu']}, {report['machine']['threads']} threads; latency: median of interleaved runs, batch 1")
-    table.add_column("runtime")
-    for heading in ("top-1", "drop, points\n(95 % interval)", "agreement\nwith float", "logit\nSQNR", "MB\n(of float)", "ms p50\n(p90)",
-                    "float ms\np50", "speed-up", "load ms", "peak MB"):  # fmt: skip
-        table.add_column(heading, justify="right")
+    """One line an INT8 artifact, with float beside it; fits 80 columns."""
+    machine = report["machine"]
+    table = Table(
+        title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
+        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads, {machine['cpu']}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("runtime", no_wrap=True)
+    for heading in ("top-1", "drop", "agree", "SQNR", "MB", "ms", "speed-up"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in report["artifacts"]:
         low, high = entry["drop_ci95"]
         table.add_row(
-            entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}, outside limits[/]",
+            entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}\noutside limits[/]",
             f"{entry['top1']:.2%}",
-            f"{entry['drop_points']:+.2f}\n({low:+.2f} to {high:+.2f})",
+            f"{entry['drop_points']:+.2f}\n[dim]{low:+.2f} {high:+.2f}[/]",
             f"{entry['agreement']:.2%}",
             f"{entry['sqnr_db']:.1f} dB",
-            f"{entry['size_bytes'] / 1e6:.1f}\n({entry['size_bytes'] / entry['float_size_bytes']:.0%})",
-            f"{entry['latency_ms']['p50']:.1f}\n({entry['latency_ms']['p90']:.1f})",
-            f"{entry['float_latency_ms']['p50']:.1f}",
+            f"{entry['size_bytes'] / 1e6:.1f}\n[dim]of {entry['float_size_bytes'] / 1e6:.1f}[/]",
+            f"{entry['latency_ms']['p50']:.1f}\n[dim]of {entry['float_latency_ms']['p50']:.1f}[/]",
             f"{entry['speedup']:.2f}x",
-            f"{entry['load_ms']:.0f}",
-            f"{entry['peak_rss_mb']:.0f}",
         )
     return table
 

@@ -41,7 +41,7 @@ class Session:
             CheckFailed: the runtime cannot load it; the message ends with what the runtime printed.
         """
         self.artifact, self.threads = artifact, threads
-        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")
+        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by __exit__
         command = [sys.executable, "-m", "gcvit_edge.targets._worker", artifact.backend, str(artifact.path.resolve()), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
         ready = self._read()
