@@ -1,0 +1,107 @@
+"""Who may import whom: backends stand alone, and what runs without torch does not load it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gcvit_edge
+
+PACKAGE = Path(gcvit_edge.__file__).parent
+BACKENDS = sorted(path.stem for path in (PACKAGE / "backends").glob("*.py") if not path.stem.startswith("_"))
+RUNTIMES = {"torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch"}
+LIGHT = ["data", "evaluate", "recipe", "bundle", "errors", "registry", "artifact", "machine", "measure", "targets/local", "model/info"]
+
+
+def imported(nodes: list[ast.stmt]) -> Iterator[str]:
+    """Modules that these statements import; of `from a import b`, both `a` and `a.b`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def everywhere(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, inside functions too."""
+    return set(imported([node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.stmt)]))
+
+
+def at_import(path: Path) -> set[str]:
+    """Modules that importing a file imports: all but those inside functions and `if TYPE_CHECKING`."""
+    pending, found = list(ast.parse(path.read_text(encoding="utf-8")).body), set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            pending += node.orelse
+            continue
+        found |= set(imported([node]))
+        pending += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+    return found
+
+
+def within(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name == package or name.startswith(f"{package}.")}
+
+
+def loaded(code: str) -> set[str]:
+    """Of the runtimes, those that some code loads in a fresh process."""
+    script = f"{code}\nimport sys\nprint(*(name for name in {sorted(RUNTIMES)!r} if name in sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout.split())
+
+
+def test_the_three_backends_are_looked_at() -> None:
+    assert {"executorch", "onnx", "openvino"} <= set(BACKENDS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_stand_alone(name: str) -> None:
+    names = everywhere(PACKAGE / "backends" / f"{name}.py")
+    others = {f"gcvit_edge.backends.{other}" for other in BACKENDS if other != name}
+    assert not names & others
+    for package in ("gcvit_edge.cli", "gcvit_edge.targets", "gcvit_edge.pipeline", "gcvit_edge.report"):
+        assert not within(names, package)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_import_nothing_heavy(name: str) -> None:
+    assert not {module.split(".")[0] for module in at_import(PACKAGE / "backends" / f"{name}.py")} & RUNTIMES
+    assert loaded(f"import gcvit_edge.backends.{name}") == set()
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_modules_without_torch(name: str) -> None:
+    assert not {module.split(".")[0] for module in at_import(PACKAGE / f"{name}.py")} & RUNTIMES
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.stem)
+def test_verbs_import_only_light_modules(path: Path) -> None:
+    allowed = {"gcvit_edge.cli", "gcvit_edge.errors", "gcvit_edge.registry"}
+    own = {name for name in at_import(path) if name.startswith("gcvit_edge.")}
+    assert all(any(name == a or name.startswith(f"{a}.") for a in allowed) for name in own), own
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_only_the_command_line_imports_the_command_line(path: Path) -> None:
+    if path.parent.name != "cli" and path.name != "__main__.py":
+        assert not within(everywhere(path), "gcvit_edge.cli")
+
+
+@pytest.mark.parametrize("module", ["gcvit_edge", "gcvit_edge.bundle", "gcvit_edge.measure", "gcvit_edge.targets._worker"])
+def test_no_runtime_is_loaded(module: str) -> None:
+    assert loaded(f"import {module}") == set()
+
+
+def test_public_names_load_on_first_use() -> None:
+    assert loaded("from gcvit_edge import Bundle, open_bundle, quantize, export_float") == set()
+    assert "torch" in loaded("from gcvit_edge import create_model")
+    assert all(getattr(gcvit_edge, name) is not None for name in gcvit_edge.__all__)
+    with pytest.raises(AttributeError, match="module 'gcvit_edge' has no attribute 'quantise'"):
+        _ = gcvit_edge.quantise
