@@ -136,11 +136,11 @@ def read_labels(path: Path) -> Labels:
         UserError: the file is missing, empty or of another form.
     """
     if path.suffix == ".json":
-        data = _read_json(path, "labels")
+        data: Any = _read_json(path, "labels")
         data = data.get("classes") or data.get("id2label") or data if isinstance(data, dict) else data
         if isinstance(data, dict):  # id2label
             data = [data[key] for key in sorted(data, key=int)] if all(key.isdigit() for key in data) else []
-        pairs = [(e["wnid"], e["name"]) if isinstance(e, dict) and {"wnid", "name"} <= set(e) else (e, e) for e in data]
+        pairs: list[Any] = [(e["wnid"], e["name"]) if isinstance(e, dict) and {"wnid", "name"} <= set(e) else (e, e) for e in data]
         if not pairs or not all(isinstance(folder, str) for folder, _ in pairs):
             raise UserError(f"{path} holds no list of class names; give a list of strings, or a text file with a name a line")
     else:

@@ -4,10 +4,8 @@ The whole network is one XNNPACK delegate call. Sources: ExecuTorch 1.5, "XNNPAC
 """
 
 import copy
-import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,10 +66,10 @@ def quantize(graph: "ExportedProgram", recipe: Recipe, images: Iterable[NDArray[
 
 
 def _is_worth_it(node: "Node") -> bool:
-    """Not the averages of norms, whose one output channel gains nothing and whose error would scale the whole stream;
-    nor additions of constants (position bias, epsilon), which are no residuals."""
+    """Not the averages of norms, whose one output channel gains nothing and whose error would scale the whole stream; nor the
+    convolution of the image, see the recipe; nor additions of constants (position bias, epsilon), which are no residuals."""
     operands = node.all_input_nodes
-    if any("average" in str(operand.target) for operand in operands):
+    if any("average" in str(operand.target) or operand.op == "placeholder" for operand in operands):
         return False
     return not str(node.target).startswith("aten.add") or [operand.op for operand in operands] == ["call_function"] * 2
 
@@ -112,34 +110,19 @@ def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
         CheckFailed: something was left outside the one delegate call, which would be slow and need portable kernels.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    with _fast_lowering():
-        edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[XnnpackPartitioner()])
+    from gcvit_edge.backends._fast_lowering import fast_lowering
+
+    with fast_lowering():
+        config = EdgeCompileConfig(_check_ir_validity=False)  # what is not valid shows below, and when the file is run
+        edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[XnnpackPartitioner()], compile_config=config)
     calls = Counter(str(n.target) for n in edge.exported_program().graph.nodes if n.op == "call_function")
     delegates, _ = calls.pop("executorch_call_delegate", 0), calls.pop("<built-in function getitem>", 0)
     if calls or delegates != 1:
         raise CheckFailed(f"XNNPACK did not take the whole network: {delegates} delegate calls, left outside: {dict(calls)}")
     path.write_bytes(edge.to_executorch().buffer)
     return [path]
-
-
-@contextmanager
-def _fast_lowering() -> Iterator[None]:
-    """Lowering retraces the graph some 60 times, and each time copies every node's whole provenance, which grows with every
-    pass: quadratic work that only serves debuggers. Sharing the records instead, and leaving the millions of short-lived
-    nodes to reference counting, halves the time. The file is the same to the byte (see tests/backends)."""
-    from torch.fx.traceback import NodeSource
-
-    NodeSource.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        del NodeSource.__deepcopy__  # type: ignore[attr-defined]
-        if collecting:
-            gc.enable()
 
 
 def load(path: Path, threads: int) -> "Runner":

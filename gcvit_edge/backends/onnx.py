@@ -92,6 +92,8 @@ def _stays_float(node: "NodeProto", graph: "ModelProto", recipe: Recipe) -> bool
     has_constant = any(name in constants for name in node.input)
     if node.op_type == "MatMul":
         return ("linear" if has_constant else "attention") not in recipe.operators
+    if node.op_type == "Conv":
+        return _INPUT in node.input
     return node.op_type == "Add" and has_constant
 
 

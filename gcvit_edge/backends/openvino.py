@@ -75,7 +75,8 @@ def _stays_float(op: "Node", recipe: Recipe) -> bool:
     """Whether NNCF must leave an operator alone, by what the recipe wants in integers."""
     kind = op.get_type_name()
     if kind in _CONVOLUTIONS:
-        return "conv" not in recipe.operators or _is_average(op)
+        reads_image = op.input_value(0).get_node().get_type_name() == "Parameter"
+        return "conv" not in recipe.operators or reads_image or _is_average(op)
     if kind == "MatMul":
         return ("linear" not in recipe.operators or _is_average(op)) if _weight(op) is not None else "attention" not in recipe.operators
     if kind == "Add":

@@ -22,7 +22,7 @@ Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="int8_ptq", metavar="NAME", help="name (see `gcvit-edge recipes list`) or .yaml file (%(default)s)")
+    parser.add_argument("--recipe", default="int8_ptq", metavar="NAME", help="name, of `recipes list`, or .yaml file (%(default)s)")
     add_model_options(parser)
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")

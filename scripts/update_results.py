@@ -1,0 +1,49 @@
+"""Writes the results table of README.md from reports.
+
+    gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
+    python scripts/update_results.py
+
+Each results/NAME.json is the report.json of one run; the table has one row an artifact.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+HEADER = """\
+| images | runtime | top-1 float | drop, points (95 % interval) | agreement | SQNR | MB, INT8 of float | ms, INT8 of float | speed-up |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def rows(name: str, report: dict[str, Any]) -> list[str]:
+    """Table rows of one report."""
+    out = []
+    for entry in report["artifacts"]:
+        low, high = entry["drop_ci95"]
+        out.append(
+            f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | "
+            f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} dB | "
+            f"{entry['size_bytes'] / 1e6:.1f} of {entry['float_size_bytes'] / 1e6:.1f} | "
+            f"{entry['latency_ms']['p50']:.1f} of {entry['float_latency_ms']['p50']:.1f} | {entry['speedup']:.2f}x |"
+        )
+    return out
+
+
+def table() -> str:
+    """The whole section, markers included."""
+    reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))}
+    machine = next(iter(reports.values()))["machine"]
+    lines = [row for name, report in reports.items() for row in rows(name, report)]
+    note = (
+        f"GC ViT-XXT, recipe `int8_ptq`, {machine['cpu']} ({machine['threads']} threads, batch 1, median). Every figure is read off the INT8 "
+        "artifact in its own runtime, against our float artifact on the same images in the same run."
+    )
+    return "\n".join([BEGIN, note, "", HEADER, *lines, END])
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    readme.write_text(text[: text.index(BEGIN)] + table() + text[text.index(END) + len(END) :])

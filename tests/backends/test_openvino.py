@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import numpy as np
+import openvino
+import torch
+
+from gcvit_edge.backends import openvino as backend
+from gcvit_edge.data import Labels
+from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.recipe import parse_recipe, recipe_text
+
+RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
+
+
+def quantized(tmp_path: Path) -> openvino.Model:
+    torch.manual_seed(0)
+    model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
+    info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
+    backend.save(backend.quantize(backend.capture(model, info), RECIPE, IMAGES), tmp_path / "model.xml", info)
+    return openvino.Core().read_model(tmp_path / "model.xml")
+
+
+def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
+    model = quantized(tmp_path)
+    operators = model.get_ordered_ops()
+    assert all(len(output.get_partial_shape()) <= 4 for op in operators for output in op.outputs())
+    for op in operators:
+        reads_image = op.get_type_name() == "Convolution" and op.input_value(0).get_node().get_type_name() == "Parameter"
+        if op.get_type_name() in ("Convolution", "GroupConvolution") and not reads_image and op.input_value(1).get_shape()[0] > 1:
+            assert op.input_value(0).get_node().get_type_name() == "FakeQuantize", op.get_friendly_name()
+        if reads_image:
+            assert op.input_value(0).get_node().get_type_name() == "Parameter"
+    constants = [op for op in operators if op.get_type_name() == "Constant"]
+    assert not [c for c in constants if c.get_element_type() == openvino.Type.f32 and c.get_output_size() > 0 and len(c.shape) == 4
+                and c.shape[2] == c.shape[3] > 4 and c.shape[2] >= 49]  # fmt: skip
+
+
+def test_model_info(tmp_path: Path) -> None:
+    model = quantized(tmp_path)
+    assert model.get_rt_info(["model_info", "labels"]).astype(str).split() == ["a", "b/c", "d", "e_f"]
+    assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "Classification"
+    means = [float(value) for value in model.get_rt_info(["model_info", "mean_values"]).astype(str).split()]
+    np.testing.assert_allclose(means, [123.675, 116.28, 103.53])
