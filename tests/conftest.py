@@ -1,0 +1,75 @@
+"""Fixtures for every part of the suite: reference data, and a small network in memory."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gcvit_edge.model.create import create_model
+from gcvit_edge.model.gcvit import GCViT, LayerScale
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout: reference data that is not part of the project."""
+    path = Path(__file__).parents[1].parent / "shared"
+    if not path.is_dir():
+        reason = "needs the folder shared beside the checkout: reference data that is not part of the project"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference outputs of the two independent implementations, NVlabs' and timm's."""
+    return Path(__file__).parent / "golden"
+
+
+def _perturb(model: GCViT) -> GCViT:
+    """Randomises what initialisation leaves at 0, at 1 or tiny, so that no folded term can be lost unnoticed."""
+    generator = torch.Generator().manual_seed(1)
+
+    def add_noise(tensor: torch.Tensor, std: float) -> None:
+        tensor.add_(torch.randn(tensor.shape, generator=generator) * std)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "relative_position_bias_table")):
+                add_noise(parameter, 0.3)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                add_noise(module.weight, 0.3)
+            elif isinstance(module, nn.Linear):
+                add_noise(module.weight, module.in_features**-0.5)
+            elif isinstance(module, LayerScale):
+                add_noise(module.gamma, 0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., GCViT]:
+    """Makes a GC ViT of dim 16 for 64 px and 8 classes (windows 2, 2, 4, 2) with weights that are all far from trivial.
+
+    The arguments are those of `create_model` and change that shape.
+    """
+
+    def make(name: str = "gcvit_xxtiny", **changes: Any) -> GCViT:
+        torch.manual_seed(0)
+        small = {"dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "num_classes": 8, "img_size": 64}
+        return _perturb(create_model(name, **(small if name == "gcvit_xxtiny" else {}) | changes))
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(make_model: Callable[..., GCViT]) -> GCViT:
+    """The network of `make_model` as it is."""
+    return make_model()
