@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -9,7 +10,7 @@ class Artifact:
     """path: the main file, which the backend loads. files: all files, the main one first."""
 
     backend: str
-    precision: str
+    precision: Literal["float", "int8"]
     path: Path
     files: tuple[Path, ...]
 

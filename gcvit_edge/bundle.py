@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class File(BaseModel):
     size_bytes: int
     role: Role
     backend: str | None = None
-    precision: str | None = None
+    precision: Literal["float", "int8"] | None = None
 
 
 class RecipeCopy(BaseModel):
@@ -93,9 +94,15 @@ def staged_bundle(output: Path, force: bool) -> Iterator[Path]:
         if output.suffix == ".zip":
             finished = scratch / "new.zip"
             _zip(stage, finished)
+        replaced = scratch / "old"
         if output.exists():
-            output.rename(scratch / "old")
-        finished.rename(output)
+            output.rename(replaced)
+        try:
+            finished.rename(output)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -184,7 +191,7 @@ class Bundle:
         return [
             Artifact(
                 main.backend or "",
-                main.precision or "",
+                main.precision or "float",
                 self.root / main.path,
                 tuple(self.root / f.path for f in files
                       if (f.backend, f.precision) == (main.backend, main.precision) and f.role in ("artifact", "artifact_data")),
@@ -201,7 +208,9 @@ class Bundle:
         for artifact in self.artifacts:
             if backend in (None, artifact.backend) and precision in (None, artifact.precision):
                 return artifact
-        raise unknown_name("artifact of the bundle", ".".join(filter(None, (backend, precision))), [a.name for a in self.artifacts])
+        if precision is None and backend is not None:
+            raise unknown_name("backend of this bundle", backend, dict.fromkeys(a.backend for a in self.artifacts))
+        raise unknown_name("artifact of this bundle", f"{backend or 'any'}.{precision}", [a.name for a in self.artifacts])
 
     def runner(self, backend: str | None = None, threads: int | None = None) -> Runner:
         """Loads an artifact in this process: (1, C, H, W) float32 -> (1, classes) float32 logits."""
@@ -212,8 +221,10 @@ class Bundle:
         """The `top` most probable classes of each image file, with softmax probabilities.
 
         Raises:
-            UserError: an image is missing or does not decode, or the bundle has no artifact of that backend.
+            UserError: an image is missing or does not decode, `top` is below 1, or the bundle has no artifact of that backend.
         """
+        if top < 1:
+            raise UserError(f"top must be at least 1, got {top}")
         inputs = [read_image(Path(path), self.info.preprocessing) for path in images]
         run = self.runner(backend)
         predictions = []
@@ -247,6 +258,9 @@ class Bundle:
                     f"{file.path} was changed after the bundle was made: got {path.stat().st_size} bytes with sha256 {found[:12]}..., "
                     f"expected {file.size_bytes} bytes with {file.sha256[:12]}...; get the bundle again"
                 )
+        unlisted = {GOLDEN_INPUT, *(golden_output(artifact) for artifact in self.artifacts)} - listed
+        if unlisted:
+            raise CheckFailed(f"bundle.json does not list {', '.join(sorted(unlisted))}, which every bundle has; get the bundle again")
         extra = sorted({p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()} - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
@@ -255,6 +269,8 @@ class Bundle:
         expected = np.load(self.root / golden_output(artifact))
         with Session(artifact, threads=default_threads()) as session:
             got = session.replay(self.root / GOLDEN_INPUT)
+        if got.shape != expected.shape:
+            raise CheckFailed(f"{artifact.name} gives {got.shape} logits, its golden output has {expected.shape}; get the bundle again")
         replay = Replay(
             artifact.name, sqnr_db(got, expected), MIN_REPLAY_DB[artifact.precision], bool((got.argmax(1) == expected.argmax(1)).all())
         )
@@ -303,6 +319,9 @@ _unpacked: list[tempfile.TemporaryDirectory[str]] = []
 def _unpack(path: Path) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-")
     _unpacked.append(folder)
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder.name)  # keeps members inside the folder
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder.name)  # keeps members inside the folder
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged ({error}); get the bundle again") from error
     return Path(folder.name)

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ _RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling
 class Preprocessing(BaseModel):
     """From an image file to the network's input.
 
-    In this order: EXIF orientation, RGB, resize with antialiasing as Pillow does it (the shorter side to
-    `resize` pixels, the longer one truncated; or, for mode "squash", straight to `size`), centre crop to `size`
-    (height, width), division by 255, normalisation by channel.
+    In this order: EXIF orientation, RGB, resize with antialiasing as Pillow does it (the shorter side to `resize` pixels, the
+    longer one rounded; or, for mode "squash", straight to `size`), centre crop to `size` (height, width) with the offset
+    rounded down, division by 255, normalisation by channel. torchvision truncates the longer side and rounds the offset: its
+    crop lies up to a pixel elsewhere, which moves logits of photographs by some tenths, but no accuracy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,11 +51,11 @@ class Preprocessing(BaseModel):
         if self.mode == "squash":
             return np.asarray(image.resize((width, height), filter_))
         short, long = sorted(image.size)
-        long = int(self.resize * long / short)
+        long = round(self.resize * long / short)
         resized = (self.resize, long) if image.width <= image.height else (long, self.resize)
         if image.size != resized:
             image = image.resize(resized, filter_)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
         return np.asarray(image.crop((left, top, left + width, top + height)))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -107,7 +109,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
             mean=data["image_mean"],
             std=data["image_std"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a preprocessor_config.json that can be used: {error!r} is missing or wrong") from error
 
 
@@ -140,8 +142,9 @@ def read_labels(path: Path) -> Labels:
         data = data.get("classes") or data.get("id2label") or data if isinstance(data, dict) else data
         if isinstance(data, dict):  # id2label
             data = [data[key] for key in sorted(data, key=int)] if all(key.isdigit() for key in data) else []
-        pairs: list[Any] = [(e["wnid"], e["name"]) if isinstance(e, dict) and {"wnid", "name"} <= set(e) else (e, e) for e in data]
-        if not pairs or not all(isinstance(folder, str) for folder, _ in pairs):
+        entries = data if isinstance(data, list) else []
+        pairs: list[Any] = [(e["wnid"], e["name"]) if isinstance(e, dict) and {"wnid", "name"} <= set(e) else (e, e) for e in entries]
+        if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
             raise UserError(f"{path} holds no list of class names; give a list of strings, or a text file with a name a line")
     else:
         lines = [line.rstrip("\r") for line in _read_text(path, "labels").split("\n") if line.strip()]
@@ -288,7 +291,7 @@ def _decoder(root: Path, preprocessing: Preprocessing) -> Callable[[str], NDArra
         try:
             with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
                 return preprocessing.pixels(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zipfile.BadZipFile):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error):
             return None
 
     return decode

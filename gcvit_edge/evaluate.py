@@ -27,9 +27,14 @@ def agreement(logits: Logits, reference: Logits) -> float:
 
 
 def sqnr_db(logits: Logits, reference: Logits) -> float:
-    """Signal to quantization noise ratio of the logits in dB: 10 log10(sum ref^2 / sum (ref - logits)^2)."""
+    """Signal to quantization noise ratio of the logits in dB: 10 log10(sum ref^2 / sum (ref - logits)^2).
+
+    Infinite for equal logits, minus infinity for logits that are not finite.
+    """
     noise = float(np.square(reference.astype(np.float64) - logits).sum())
     signal = float(np.square(reference.astype(np.float64)).sum())
+    if not (math.isfinite(noise) and math.isfinite(signal)):
+        return -math.inf
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 

@@ -17,9 +17,9 @@ from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pack import pack
 from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, save_artifact, timing_entry
-from gcvit_edge.plan import bundle_path, sample_weights
+from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
 from gcvit_edge.progress import Steps
-from gcvit_edge.targets.local import Session, default_threads, time_artifacts
+from gcvit_edge.targets.local import Session, time_artifacts
 
 
 def export_float(
@@ -48,6 +48,7 @@ def export_float(
 
     from gcvit_edge.model.create import load_model
 
+    threads = resolve_threads(threads)
     names = list(dict.fromkeys(backends or backend_names()))
     for name in names:
         load_backend(name)
@@ -55,7 +56,7 @@ def export_float(
         str(weights or sample_weights(model)), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing
     )
     path = bundle_path(output, f"{info.name}.float", zip)
-    steps, threads = steps or Steps(), threads or default_threads()
+    steps = steps or Steps()
     shape = (GOLDEN_IMAGES, network.config.in_chans, *network.config.img_size)
     golden = np.random.default_rng(0).standard_normal(shape, np.float32)
     with staged_bundle(path, force) as stage:

@@ -11,8 +11,9 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.evaluate import compare, hits
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pipeline import timing_entry
+from gcvit_edge.plan import resolve_threads
 from gcvit_edge.progress import Steps
-from gcvit_edge.targets.local import default_threads, run_artifacts, time_artifacts
+from gcvit_edge.targets.local import run_artifacts, time_artifacts
 
 
 def evaluate_bundle(bundle: Bundle, data: Path, steps: Steps) -> dict[str, Any]:
@@ -54,9 +55,9 @@ def benchmark_bundle(bundle: Bundle, threads: int | None, rounds: int, steps: St
     Raises:
         UserError: no rounds or threads.
     """
-    if rounds < 1 or (threads is not None and threads < 1):
-        raise UserError(f"rounds and threads must be at least 1, got {rounds} and {threads}")
-    threads, artifacts = threads or default_threads(), bundle.artifacts
+    if rounds < 1:
+        raise UserError(f"rounds must be at least 1, got {rounds}")
+    threads, artifacts = resolve_threads(threads), bundle.artifacts
     preprocessing = bundle.info.preprocessing
     with steps.step("time", rounds * len(artifacts)) as advance:
         timings = time_artifacts(artifacts, (1, len(preprocessing.mean), *preprocessing.size), threads, rounds, advance)

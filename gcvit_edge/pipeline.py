@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +121,7 @@ def _announced(calibration: Pixels, preprocessing: Preprocessing, advance: Advan
         advance()
 
 
-def save_artifact(name: str, graph: Any, precision: str, folder: Path, info: ModelInfo) -> Artifact:
+def save_artifact(name: str, graph: Any, precision: Literal["float", "int8"], folder: Path, info: ModelInfo) -> Artifact:
     """Writes a backend's graph below `folder`, where the bundle has its artifacts of that precision."""
     backend = load_backend(name)
     path = folder / backend.ARTIFACT.format(precision=precision)

@@ -70,8 +70,7 @@ def plan(
     names = tuple(dict.fromkeys(backends or parsed.backends))
     for name in names:
         load_backend(name)
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}")
+    threads = resolve_threads(threads)
     sample = weights is None and (model is None or isinstance(model, str))
     calib, eval = _image_folders(sample, calib, eval)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
@@ -83,7 +82,18 @@ def plan(
     target = bundle_path(output, f"{info.name}.{parsed.name}", zip)
     check_output(target, force)
     selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
-    return Job(parsed, text, network, info, selected, evaluation, classes, names, target, threads or default_threads(), force, keep_float)
+    return Job(parsed, text, network, info, selected, evaluation, classes, names, target, threads, force, keep_float)
+
+
+def resolve_threads(threads: int | None) -> int:
+    """CPU threads to time with: as given, or all CPUs.
+
+    Raises:
+        UserError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be at least 1, got {threads}")
+    return threads or default_threads()
 
 
 def bundle_path(output: str | Path | None, name: str, zip: bool) -> Path:

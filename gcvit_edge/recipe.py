@@ -13,14 +13,14 @@ Operator = Literal["linear", "conv", "attention", "residual"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(_Section):
     """Which images set the activation ranges."""
 
-    images: int = Field(200, ge=1, description="how many, spread evenly over the classes")
-    seed: int = Field(0, description="which ones")
+    images: int = Field(200, ge=1, strict=True, description="how many, spread evenly over the classes")
+    seed: int = Field(0, strict=True, description="which ones")
 
 
 class Limits(_Section):
@@ -61,7 +61,10 @@ def recipe_text(name_or_file: str) -> str:
         path = resource_dir("recipes") / f"{name_or_file}.yaml"
     else:
         raise unknown_name("recipe", name_or_file, recipe_names())
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}; give a YAML text file in UTF-8") from error
 
 
 def parse_recipe(text: str, source: str) -> Recipe:

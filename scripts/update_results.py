@@ -37,7 +37,7 @@ def table() -> str:
     machine = next(iter(reports.values()))["machine"]
     lines = [row for name, report in reports.items() for row in rows(name, report)]
     note = (
-        f"GC ViT-XXT, recipe `int8_ptq`, {machine['cpu']} ({machine['threads']} threads, batch 1, median). Every figure is read off the INT8 "
+        f"GC ViT-XXT, `int8_ptq`, {machine['cpu']} ({machine['threads']} threads, batch 1, median). Every figure is read off the INT8 "
         "artifact in its own runtime, against our float artifact on the same images in the same run."
     )
     return "\n".join([BEGIN, note, "", HEADER, *lines, END])

@@ -192,9 +192,9 @@ def test_opened_bundle(bundle: Bundle) -> None:
     assert (artifact.name, artifact.path.name) == ("onnx.int8", "model.int8.onnx")
     assert artifact.files == (bundle.root / "model.int8.onnx",)
     assert opened.artifact("onnx", "int8") == opened.artifact() == artifact
-    with pytest.raises(UserError, match=r"unknown artifact of the bundle 'onnxx'; did you mean 'onnx\.int8'\? known: onnx\.int8"):
+    with pytest.raises(UserError, match=r"unknown backend of this bundle 'onnxx'; did you mean 'onnx'\? known: onnx"):
         opened.artifact("onnxx")
-    with pytest.raises(UserError, match=r"unknown artifact of the bundle 'onnx\.float'"):
+    with pytest.raises(UserError, match=r"unknown artifact of this bundle 'onnx\.float'"):
         opened.artifact("onnx", "float")
 
 

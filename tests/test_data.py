@@ -1,4 +1,4 @@
-"""Preprocessing against torchvision, label files, folders and archives of images, decoding."""
+"""Preprocessing by the documented rule, label files, folders and archives of images, decoding."""
 
 import io
 import json
@@ -41,14 +41,15 @@ def noise(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Im
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), mode)
 
 
-def torchvision_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    steps = transforms.Compose(
-        [
-            transforms.Resize(preprocessing.resize, TORCHVISION[preprocessing.interpolation]),
-            transforms.CenterCrop(preprocessing.size),
-        ]
-    )
-    return np.asarray(steps(image))
+def specified_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """The documented rule (longer side rounded, crop offset rounded down), by torchvision's resize and crop."""
+    short, long = sorted(image.size)
+    long = round(preprocessing.resize * long / short)
+    shape = (long, preprocessing.resize) if image.height > image.width else (preprocessing.resize, long)
+    resized = transforms.functional.resize(image, list(shape), TORCHVISION[preprocessing.interpolation])
+    height, width = preprocessing.size
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    return np.asarray(transforms.functional.crop(resized, top, left, height, width))
 
 
 def save_all(root: Path, files: dict[str, Image.Image]) -> None:
@@ -72,13 +73,13 @@ def zipped(folder: Path, archive: Path) -> Path:
     "image_size",
     [(256, 256), (300, 256), (256, 301), (500, 375), (375, 500), (333, 257), (1001, 61), (61, 1001), (28, 28), (31, 17), (1, 1)],
 )
-def test_pixels_equal_torchvision(image_size: tuple[int, int], interpolation: str) -> None:
+def test_pixels_follow_the_rule(image_size: tuple[int, int], interpolation: str) -> None:
     preprocessing = Preprocessing(interpolation=interpolation)
     image = noise(*image_size)
     pixels = preprocessing.pixels(image)
     assert pixels.shape == (224, 224, 3)
     assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, torchvision_pixels(image, preprocessing))
+    np.testing.assert_array_equal(pixels, specified_pixels(image, preprocessing))
 
 
 @pytest.mark.parametrize(
@@ -86,25 +87,37 @@ def test_pixels_equal_torchvision(image_size: tuple[int, int], interpolation: st
     [((224, 224), 224), ((224, 224), 225), ((224, 224), 226), ((224, 224), 227), ((63, 33), 73), ((33, 63), 74), ((96, 64), 97)],
 )
 @pytest.mark.parametrize("image_size", [(229, 229), (257, 301), (302, 257), (120, 77)])
-def test_odd_margins_are_cropped_like_torchvision(size: tuple[int, int], resize: int, image_size: tuple[int, int]) -> None:
+def test_odd_margins(size: tuple[int, int], resize: int, image_size: tuple[int, int]) -> None:
     preprocessing = Preprocessing(size=size, resize=resize)
     image = noise(*image_size)
-    np.testing.assert_array_equal(preprocessing.pixels(image), torchvision_pixels(image, preprocessing))
+    np.testing.assert_array_equal(preprocessing.pixels(image), specified_pixels(image, preprocessing))
 
 
-def test_half_pixel_offsets_round_to_even() -> None:
+def test_equal_to_torchvision_where_nothing_is_rounded() -> None:
+    image, preprocessing = noise(512, 384), Preprocessing(size=(224, 224), resize=240)  # 320x240, margins 96 and 16
+    steps = transforms.Compose([transforms.Resize(240, TORCHVISION["bicubic"]), transforms.CenterCrop(224)])
+    np.testing.assert_array_equal(preprocessing.pixels(image), np.asarray(steps(image)))
+
+
+def test_half_pixel_offsets_round_down() -> None:
     image = Image.fromarray(np.arange(11 * 11 * 3, dtype=np.uint16).reshape(11, 11, 3).astype(np.uint8))
-    for size, offset in ((10, 0), (8, 2), (6, 2), (4, 4)):  # margins of 1, 3, 5, 7 pixels: halves 0.5, 1.5, 2.5, 3.5
+    for size, offset in ((10, 0), (8, 1), (6, 2), (4, 3)):  # margins of 1, 3, 5, 7 pixels: halves 0.5, 1.5, 2.5, 3.5
         pixels = Preprocessing(size=(size, size), resize=11).pixels(image)
         np.testing.assert_array_equal(pixels, np.asarray(image)[offset : offset + size, offset : offset + size])
 
 
+def test_longer_side_is_rounded() -> None:
+    image = noise(320, 231)  # 256 * 320 / 231 = 354.6
+    pixels = Preprocessing(size=(256, 355), resize=256).pixels(image)
+    np.testing.assert_array_equal(pixels, np.asarray(image.resize((355, 256), Image.Resampling.BICUBIC)))
+
+
 @pytest.mark.parametrize("size", [(40, 41), (41, 40), (45, 45), (30, 64), (35, 39)])
 @pytest.mark.parametrize("image_size", [(50, 50), (61, 50), (50, 77)])
-def test_crop_beyond_the_image_is_padded_like_torchvision(size: tuple[int, int], image_size: tuple[int, int]) -> None:
+def test_crop_beyond_the_image_is_padded(size: tuple[int, int], image_size: tuple[int, int]) -> None:
     preprocessing = Preprocessing(size=size, resize=32)
     image = noise(*image_size)
-    np.testing.assert_array_equal(preprocessing.pixels(image), torchvision_pixels(image, preprocessing))
+    np.testing.assert_array_equal(preprocessing.pixels(image), specified_pixels(image, preprocessing))
 
 
 def test_squash_resizes_straight_to_the_size() -> None:
@@ -147,7 +160,7 @@ def test_palette_is_resolved_before_resizing() -> None:
     palette = noise(40, 40).quantize(16)
     assert palette.mode == "P"
     preprocessing = Preprocessing(size=(16, 16), resize=20)
-    np.testing.assert_array_equal(preprocessing.pixels(palette), torchvision_pixels(palette.convert("RGB"), preprocessing))
+    np.testing.assert_array_equal(preprocessing.pixels(palette), specified_pixels(palette.convert("RGB"), preprocessing))
 
 
 def test_normalize_gives_channels_first_float32() -> None:

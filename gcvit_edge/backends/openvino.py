@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.model.info import ModelInfo
 
-INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
+# NNCF puts no quantizer on the residual additions of a transformer, ask as one may
+INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention"})
 ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
 PACKAGES = ("openvino", "nncf", "torch")
@@ -79,9 +80,6 @@ def _stays_float(op: "Node", recipe: Recipe) -> bool:
         return "conv" not in recipe.operators or reads_image or _is_average(op)
     if kind == "MatMul":
         return ("linear" not in recipe.operators or _is_average(op)) if _weight(op) is not None else "attention" not in recipe.operators
-    if kind == "Add":
-        inputs = [op.input_value(index).get_node() for index in range(2)]
-        return "residual" not in recipe.operators or any(_constant(node) is not None for node in inputs)
     return kind not in {"Constant", "Parameter", "Result"}
 
 

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 console = Console(file=streams.out)
                 for shown in result.shown:
-                    console.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
+                    text = isinstance(shown, str)  # may hold what looks like markup: labels, YAML lists
+                    console.print(shown, soft_wrap=text, markup=not text, emoji=False, highlight=False)
             if result.error is None:
                 return 0
             raise result.error

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
+    from safetensors import SafetensorError
+
     from gcvit_edge.cli import Result
     from gcvit_edge.model.checkpoint import save_checkpoint
     from gcvit_edge.model.create import load_model
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     info = info.model_copy(update={"origin": info.origin.model_copy(update=changes)})
     try:
         save_checkpoint(model, info, output, half=arguments.half)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output}: {error}; choose another --output") from error
     lines = [f"{output}: {info.name}, {len(info.labels.names)} classes, licence {info.origin.licence}, origin {info.origin.source}"]
     return Result({"file": str(output), **info.model_dump()}, lines)

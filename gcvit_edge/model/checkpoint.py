@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
 from gcvit_edge.model.gcvit import GCViT
-from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin
+from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig
 
 State = dict[str, Tensor]
@@ -53,11 +54,15 @@ def read_checkpoint(source: str) -> Checkpoint:
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
     nvlabs = any(key.startswith("patch_embed.") for key in state)
     state = _from_nvlabs(state) if nvlabs else state
-    config = infer_config({key: value.float() for key, value in state.items()}, source)
     state = {key: value.float() for key, value in state.items()}
     if _METADATA_KEY in metadata:
-        info = ModelInfo.model_validate_json(metadata[_METADATA_KEY])
+        try:
+            info = ModelInfo.model_validate_json(metadata[_METADATA_KEY])
+            config = read_config(info.config)
+        except (ValidationError, TypeError) as error:
+            raise UserError(f"the metadata of checkpoint {source} is damaged ({str(error).splitlines()[0]}); convert it again") from error
         return Checkpoint(state, config, info.origin, info.name, info.labels, info.preprocessing)
+    config = infer_config(state, source)
     layout = "nvlabs" if nvlabs else "timm"
     derived = nvlabs or source.startswith(f"{HUB_PREFIX}timm/")
     origin = Origin(source=Path(source).name if path == Path(source) else source, layout=layout,
@@ -128,7 +133,7 @@ def _read_pickle(path: Path) -> State:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+        if path.read_bytes()[:1] in (b"\x80", b"P"):  # a pickle, or a zip of one: whole, but with more in it than tensors
             raise UserError(
                 f"checkpoint {path} is a pickle that holds more than weights, and was not executed ({_reason(error)}); "
                 "save its state_dict alone, or use safetensors"
@@ -138,7 +143,7 @@ def _read_pickle(path: Path) -> State:
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file ({error}); download it again") from error
     while isinstance(data, dict) and (wrapper := next((w for w in _WRAPPERS if isinstance(data.get(w), dict)), None)):
         data = data[wrapper]
-    state = {key.removeprefix("module."): value for key, value in data.items()} if isinstance(data, dict) else {}
+    state = {str(key).removeprefix("module."): value for key, value in data.items()} if isinstance(data, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} holds no state_dict (looked for {', '.join(_WRAPPERS)}); save model.state_dict()")
     return state
@@ -198,7 +203,7 @@ def infer_config(state: State, source: str) -> GCViTConfig:
         hidden = state["stages.0.blocks.0.mlp.fc1.weight"].shape[0]
         se_dim = state["stem.down.conv_block.se.fc1.weight"].shape[0]
         scale = state.get("stages.0.blocks.0.ls1.gamma")
-        head = state.get("head.fc.weight")
+        head = state.get("head.fc.weight", state.get("head.fc.bias"))
     except (KeyError, ValueError, IndexError) as error:
         sample = ", ".join(list(state)[:3])
         raise UserError(f"checkpoint {source} is no complete GC ViT in timm's or NVlabs' key layout: {error} is missing; "
@@ -254,7 +259,10 @@ def _hub_config(folder: Path) -> tuple[Labels | None, Preprocessing | None]:
     path = folder / "config.json"
     if not path.is_file():
         return None, None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}; download it again") from error
     labels = Labels.of(config["label_names"]) if "label_names" in config else None
     timm = config.get("pretrained_cfg", {})
     if "input_size" not in timm:

@@ -15,6 +15,7 @@ Exact rewrites (same logits up to float rounding), each for a reason:
 The batch size is fixed when the form is exported; in PyTorch any batch runs.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ def deploy(model: gcvit.GCViT, form: Form) -> nn.Module:
     if model.head is None:
         raise ValueError("the deploy form needs a classifier, but this model has no head; create it with num_classes > 0")
     with torch.no_grad():
-        return _Network(model, form).eval()
+        return _Network(copy.deepcopy(model), form).eval()  # parts of the copy live on in it
 
 
 # Weights: (out, in) and bias (out,) of linears, folded

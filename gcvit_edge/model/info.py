@@ -39,3 +39,13 @@ class ModelInfo(BaseModel):
 def config_dict(config: GCViTConfig) -> dict[str, Any]:
     """The fields of a config as JSON holds them."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def read_config(fields: dict[str, Any]) -> GCViTConfig:
+    """The inverse of `config_dict`.
+
+    Raises:
+        TypeError: an unknown or missing field.
+    """
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return GCViTConfig(**values)

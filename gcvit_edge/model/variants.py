@@ -40,6 +40,8 @@ class GCViTConfig:
             raise UserError(f"depths has {stages} entries; GC ViT has 4 stages, so give 4")
         if min(self.dim, *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
             raise UserError(f"every size must be positive, got {self}")
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"drop_path is a probability below 1, got {self.drop_path}")
         for size in self.img_size:
             if size % STRIDE:
                 nearest = max(STRIDE, round(size / STRIDE) * STRIDE)
