@@ -26,11 +26,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# one file of tests a process, one thread each: two processes of two threads would wait for each other most of the time
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 test: lint
-	$(BIN)/pytest
+	$(PYTEST) --durations=15
 
 test-fast: lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 wheel: setup
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

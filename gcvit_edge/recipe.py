@@ -19,7 +19,7 @@ class _Section(BaseModel):
 class Calibration(_Section):
     """Which images set the activation ranges."""
 
-    images: int = Field(200, ge=1, strict=True, description="how many, spread evenly over the classes")
+    images: int = Field(128, ge=1, strict=True, description="how many, spread evenly over the classes")
     seed: int = Field(0, strict=True, description="which ones")
 
 

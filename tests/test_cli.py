@@ -179,7 +179,7 @@ def test_recipes(command: Command) -> None:
     assert listed.code == 0
     assert "int8_ptq" in [recipe["name"] for recipe in listed.json]
     shown = command("recipes", "show", "int8_ptq", "--json")
-    assert shown.json["calibration"] == {"images": 200, "seed": 0}
+    assert shown.json["calibration"] == {"images": 128, "seed": 0}
     assert "int8_ptq" in command("recipes", "list").out
 
 
@@ -203,7 +203,7 @@ def test_dry_run_on_the_embedded_sample(command: Command, tmp_path: Path) -> Non
     assert outcome.code == 0
     planned = outcome.json
     assert (planned["model"], planned["recipe"], planned["classes"]) == ("gcvit_xxtiny", "int8_ptq", 10)
-    assert (planned["calibration_images"], planned["evaluation_images"]) == (200, 2000)
+    assert (planned["calibration_images"], planned["evaluation_images"]) == (128, 2000)
     assert planned["backends"] == ["executorch", "openvino", "onnx"]
     assert planned["preprocessing"]["size"] == [224, 224]
     assert planned["licence"] == "Apache-2.0"
@@ -428,7 +428,7 @@ def test_predict_refuses(command: Command, bundle: Path, tiny: Tiny, tmp_path: P
     assert "image text.png does not decode" in command.refuses("predict", bundle, "text.png")
     message = command.refuses("predict", bundle, tiny.image("red"), "--backend", "openvino")
     assert "unknown backend of this bundle 'openvino'" in message
-    assert "known: onnx.float, onnx.int8" in message or "known: onnx.int8, onnx.float" in message
+    assert "known: onnx" in message
 
 
 @pytest.mark.parametrize("top", [0, -1])

@@ -32,7 +32,7 @@ def test_int8_ptq_asks_for_what_it_documents() -> None:
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
     assert recipe.operators == ("linear", "conv")
     assert recipe.backends == ("executorch", "openvino", "onnx")
-    assert (recipe.calibration.images, recipe.calibration.seed) == (200, 0)
+    assert (recipe.calibration.images, recipe.calibration.seed) == (128, 0)
     assert recipe.limits.max_drop <= 1.0
     assert recipe.limits.min_agreement >= 0.97
 
@@ -41,7 +41,7 @@ def test_defaults() -> None:
     recipe = parse()
     assert recipe.operators == ("linear", "conv")
     assert recipe.backends == ("executorch", "openvino", "onnx")
-    assert recipe.calibration.images == 200
+    assert recipe.calibration.images == 128
     assert recipe.limits.max_drop == 0.5
 
 

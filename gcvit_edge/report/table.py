@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 
@@ -10,12 +11,15 @@ def results_table(report: dict[str, Any]) -> Table:
     machine = report["machine"]
     table = Table(
         title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
-        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads, {machine['cpu']}",
+        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads,\n{machine['cpu']}",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("runtime", no_wrap=True)
-    for heading in ("top-1", "drop", "agree", "SQNR", "MB", "ms", "speed-up"):
+    for heading in ("top-1", "drop", "agree", "SQNR", "MB", "ms", "faster"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in report["artifacts"]:
         low, high = entry["drop_ci95"]
@@ -24,7 +28,7 @@ def results_table(report: dict[str, Any]) -> Table:
             f"{entry['top1']:.2%}",
             f"{entry['drop_points']:+.2f}\n[dim]{low:+.2f} {high:+.2f}[/]",
             f"{entry['agreement']:.2%}",
-            f"{entry['sqnr_db']:.1f} dB",
+            f"{entry['sqnr_db']:.1f}",
             f"{entry['size_bytes'] / 1e6:.1f}\n[dim]of {entry['float_size_bytes'] / 1e6:.1f}[/]",
             f"{entry['latency_ms']['p50']:.1f}\n[dim]of {entry['float_latency_ms']['p50']:.1f}[/]",
             f"{entry['speedup']:.2f}x",
@@ -34,7 +38,7 @@ def results_table(report: dict[str, Any]) -> Table:
 
 def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
     """Latency, load time and memory of artifacts."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("runtime", "precision"):
         table.add_column(heading)
     for heading in ("ms p50", "p90", "p99", "first", "load ms", "MB", "peak MB"):
@@ -50,7 +54,7 @@ def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
 
 def seconds_table(seconds: dict[str, float]) -> Table:
     """Where the time went."""
-    table = Table(title="Where the time went", title_justify="left")
+    table = Table(title="Where the time went", title_justify="left", box=box.SIMPLE)
     table.add_column("step")
     table.add_column("seconds", justify="right")
     for name, value in seconds.items():
