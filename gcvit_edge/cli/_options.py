@@ -43,3 +43,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads."""
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: all CPUs)")
+
+
+def skipped_lines(names: list[str]) -> list[str]:
+    """What to say of images that did not decode; nothing if there were none."""
+    if not names:
+        return []
+    return [f"skipped {len(names)} images that do not decode: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"]

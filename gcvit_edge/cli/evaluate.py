@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcvit_edge.cli._options import skipped_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,4 +45,4 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             low, high = entry["drop_ci95"]
             row += [f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})", f"{entry['agreement']:.2%}", f"{entry['sqnr_db']:.1f} dB"]
         table.add_row(*row)
-    return Result(data, [table])
+    return Result(data, [table, *skipped_lines(data["skipped_images"])])

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_model_options, add_output_options, model_options
+from gcvit_edge.cli._options import add_model_options, add_output_options, model_options, skipped_lines
 from gcvit_edge.errors import LimitBroken
 
 if TYPE_CHECKING:
@@ -56,5 +56,5 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             f"{', '.join(broken)}: top-1 drop over {limits.max_drop} points or agreement below {limits.min_agreement:.1%}, the limits of "
             f"{job.recipe.name}; the bundle {job.output} is there to look at, but should not ship"
         )
-    shown = [results_table(report), seconds_table(report["seconds"]), f"bundle: {job.output}"]
+    shown = [results_table(report), seconds_table(report["seconds"]), *skipped_lines(report["skipped_images"]), f"bundle: {job.output}"]
     return Result(report, shown, error)

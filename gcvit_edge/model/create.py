@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gcvit_edge.data import Labels, Preprocessing, default_preprocessing
 from gcvit_edge.errors import UserError
@@ -39,41 +40,22 @@ def create_model(
     Raises:
         UserError: unknown name, impossible shape, or weights that cannot be read or do not fit.
     """
-    config = _config(name, num_classes, img_size, in_chans, dim, depths, num_heads, window_size, mlp_ratio, layer_scale, drop_path)
+    changes = {
+        "num_classes": 0 if features_only else num_classes,
+        "img_size": (img_size, img_size) if isinstance(img_size, int) else img_size,
+        "drop_path": drop_path,
+        "in_chans": in_chans,
+        "dim": dim,
+        "depths": depths,
+        "num_heads": num_heads,
+        "window_size": window_size,
+        "mlp_ratio": mlp_ratio,
+        "layer_scale": layer_scale,
+    }
+    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list | tuple) else v for key, v in changes.items() if v is not None}
+    config = replace(variant_config(name), **given)
     checkpoint = None if weights is None else read_checkpoint(str(weights))
-    if features_only:
-        config = replace(config, num_classes=0)
-    return _build(config, checkpoint, str(weights), keep_classes=num_classes is not None or features_only)
-
-
-def _config(
-    name: str,
-    num_classes: int | None,
-    img_size: int | tuple[int, int] | None,
-    in_chans: int | None,
-    dim: int | None,
-    depths: tuple[int, ...] | None,
-    num_heads: tuple[int, ...] | None,
-    window_size: tuple[int, ...] | None,
-    mlp_ratio: float | None,
-    layer_scale: float | None,
-    drop_path: float | None,
-) -> GCViTConfig:
-    config = variant_config(name)
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return replace(
-        config,
-        num_classes=config.num_classes if num_classes is None else num_classes,
-        img_size=config.img_size if size is None else (size[0], size[1]),
-        in_chans=config.in_chans if in_chans is None else in_chans,
-        dim=config.dim if dim is None else dim,
-        depths=config.depths if depths is None else tuple(depths),
-        num_heads=config.num_heads if num_heads is None else tuple(num_heads),
-        window_size=config.window_size if window_size is None else tuple(window_size),
-        mlp_ratio=config.mlp_ratio if mlp_ratio is None else mlp_ratio,
-        layer_scale=config.layer_scale if layer_scale is None else layer_scale,
-        drop_path=config.drop_path if drop_path is None else drop_path,
-    )
+    return _build(config, checkpoint, str(weights), keep_classes="num_classes" in given)
 
 
 def _build(config: GCViTConfig, checkpoint: Checkpoint | None, source: str, keep_classes: bool) -> GCViT:
