@@ -1,5 +1,5 @@
 # make demo   quantize the embedded sample, from nothing to a bundle
-# make test   lint, types and the whole test suite
+# make test   lint, types and the tests; what takes minutes each is in `make test-slow`
 # Both set up .venv with the pinned versions first; `make setup` alone does only that, and is quick when nothing changed.
 
 PYTHON ?= python3.11
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 LOCK := $(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 STAMP := $(VENV)/lock-$(LOCK)
 
-.PHONY: setup demo test test-fast lint wheel clean
+.PHONY: setup demo lint test test-slow wheel clean
 
 setup: $(STAMP)
 
@@ -30,10 +30,11 @@ lint: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test: lint
-	$(PYTEST) --durations=15
+	$(PYTEST) -m "not slow" --durations=10
 
-test-fast: lint
-	$(PYTEST) -m "not slow"
+# the main job on the real models, and the deploy form of every variant up to 200 M parameters
+test-slow: setup
+	$(PYTEST) -m slow --durations=10
 
 wheel: setup
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
