@@ -51,6 +51,15 @@ def paired_drop(reference: NDArray[np.bool_], changed: NDArray[np.bool_]) -> tup
     return 100 * (lost - won) / count, (100 * (centre - spread), 100 * (centre + spread))
 
 
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % confidence interval of a rate (Wilson, 1927), as fractions."""
+    z2 = _Z95**2
+    rate = right / count
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    spread = math.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * count)) / count) / (1 + z2 / count)
+    return centre - spread, centre + spread
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """top1, top5, agreement, worst_class_recall: fractions. drop_points, drop_ci95: percentage points, positive is worse."""

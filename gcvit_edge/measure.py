@@ -1,6 +1,5 @@
 """Measuring a finished bundle: accuracy on other images, latency on this machine."""
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import class_indices, decode_images, find_images
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import compare, hits
+from gcvit_edge.evaluate import compare, hits, wilson_interval
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pipeline import timing_entry
 from gcvit_edge.plan import resolve_threads
@@ -66,12 +65,3 @@ def benchmark_bundle(bundle: Bundle, threads: int | None, rounds: int, steps: St
         for artifact, timing in zip(artifacts, timings, strict=True)
     ]
     return {"model": bundle.info.name, "artifacts": entries, "machine": {"cpu": cpu_name(), "threads": threads}}
-
-
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a rate (Wilson, 1927), as fractions."""
-    z2 = 1.959964**2
-    rate = hits / count
-    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
-    spread = math.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * count)) / count) / (1 + z2 / count)
-    return centre - spread, centre + spread
