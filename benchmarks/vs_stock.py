@@ -21,13 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.backends import backend_names
 from gcvit_edge.data import decode_images, find_images, inputs
+from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.model.create import create_model, describe_model, load_model
-from gcvit_edge.pipeline import save_artifact
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
+from gcvit_edge.quantize.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.targets.local import Timing, default_threads, time_artifacts
@@ -112,16 +115,15 @@ def build(name: str, folder: Path, steps: Steps) -> list[tuple[str, Artifact]]:
     theirs.load_state_dict(model.state_dict())
     sample = find_images(resource_dir("calib") / "calib.zip", "calibration").select(CALIBRATION_IMAGES, 0)
     images = list(inputs(decode_images(sample, info.preprocessing, folder / "calib.npy"), info.preprocessing))
+    ranges = observe(deploy(model, Form()), images)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
     artifacts: list[tuple[str, Artifact]] = []
     for runtime in backend_names():
         with steps.step(f"{runtime}: stock"):
             artifacts += [("stock", artifact) for artifact in STOCK[runtime](theirs, images, folder)]
         with steps.step(f"{runtime}: ours"):
-            backend = load_backend(runtime)
-            graph = backend.capture(model, info)
-            artifacts.append(("ours", save_artifact(runtime, graph, "float", folder, info)))
-            artifacts.append(("ours", save_artifact(runtime, backend.quantize(graph, recipe, images), "int8", folder, info)))
+            artifacts.append(("ours", lower_float(runtime, model, info, folder)))
+            artifacts.append(("ours", lower_quantized(runtime, model, info, recipe, ranges, folder)))
     return artifacts
 
 
