@@ -12,6 +12,7 @@ from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.machine import cpu_name, int8_features
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.targets import load_target, target_names
 from gcvit_edge.targets.local import default_threads
 
 PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -36,6 +37,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
+        "targets": {name: load_target(name).missing() or "available" for name in target_names()},
         "cpu": cpu_name(),
         "cpus": default_threads(),
         "int8_features": features,
