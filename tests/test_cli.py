@@ -499,7 +499,7 @@ def test_benchmark_of_two_devices_side_by_side(command: Command, bundle: Path, t
         assert result["parity"]["sqnr_db"] > 80
     shown = command("benchmark", bundle, "--threads", 1).out
     assert "p90" in shown
-    assert "1 threads" in shown
+    assert "; 1 thread" in shown
 
 
 def test_a_fast_wrong_answer_is_exit_5(command: Command, bundle: Path, tmp_path: Path) -> None:

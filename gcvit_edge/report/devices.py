@@ -57,7 +57,7 @@ def machine_lines(report: Report) -> list[str]:
     lines = []
     for run in report.runs:
         if run.machine:
-            threads = ", ".join(sorted({f"{result.threads} threads" for result in run.results})) or "not measured"
+            threads = ", ".join(sorted({f"{r.threads} thread{'s' if r.threads > 1 else ''}" for r in run.results})) or "not measured"
             lines.append(f"{run.device}: {run.machine.title}; {threads}" + ("; emulated: no times" if run.emulated else ""))
     return lines
 

@@ -66,7 +66,7 @@ def test_a_device_that_fails_does_not_end_the_others(bundle: Bundle) -> None:
     assert emulated.emulated
     assert benchmark_table(report).row_count == 3
     assert machine_lines(report)[0].startswith("emulated: ")
-    assert machine_lines(report)[0].endswith("; 1 threads; emulated: no times")
+    assert machine_lines(report)[0].endswith("; 1 thread; emulated: no times")
 
 
 @pytest.mark.parametrize(("name", "message"), [("absent", "switch it on"), ("picky", "picky runs nothing of onnx.float; picky: runs")])
