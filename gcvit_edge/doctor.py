@@ -14,6 +14,7 @@ from gcvit_edge.machine import cpu_name, int8_features
 from gcvit_edge.model.form import Form
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.targets import load_target, target_names
 from gcvit_edge.targets.local import default_threads
 
 PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -38,6 +39,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
+        "targets": {name: load_target(name).missing() or "available" for name in target_names()},
         "cpu": cpu_name(),
         "cpus": default_threads(),
         "int8_features": features,

@@ -26,7 +26,8 @@ exit codes:
   1  internal error
   2  bad input: the message says what was got, what was expected and what to do; nothing was written
   3  made and checked, but an accuracy limit of the recipe is broken
-  4  a check failed: a changed bundle, a wrong answer, a broken baseline
+  4  a check failed: a changed bundle, a broken baseline, a device that fails
+  5  an artifact gives other logits than its golden ones
   130  interrupted; nothing was written
 """
 
@@ -37,7 +38,7 @@ class Result:
 
     data: Any
     shown: Sequence[RenderableType]
-    error: LimitBroken | None = None
+    error: LimitBroken | CheckFailed | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
-"""A fresh process that holds one artifact: `python -m gcvit_edge.targets._worker BACKEND FILE THREADS`.
+"""A fresh Python process that holds one artifact: `python -m gcvit_edge.targets._worker BACKEND FILE THREADS [CPU,CPU...]`.
 
-Reads one JSON command a line from standard input, and answers in JSON lines on what was standard output when it started;
-whatever the runtime prints goes to standard error.
+Its protocol is that of `_process.py`. The CPUs are those that it is pinned to. Answers go to what was standard output when
+it started; whatever the runtime prints goes to standard error.
 """
 
 import importlib
@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gcvit_edge.backends import load_backend
-from gcvit_edge.data import Preprocessing
+from gcvit_edge.targets._energy import Rapl
 
 
 def main() -> None:
@@ -26,33 +27,37 @@ def main() -> None:
         print(json.dumps(message), file=answers, flush=True)
 
     name, path, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if len(sys.argv) > 4:  # before the runtime is imported: it counts the CPUs that it may use then
+        os.sched_setaffinity(0, {int(cpu) for cpu in sys.argv[4].split(",")})
     backend = load_backend(name)
     importlib.import_module(backend.RUNTIME)
     before = peak_rss_mb()
     start = time.perf_counter()
     run = backend.load(path, threads)
-    answer({"load_ms": 1000 * (time.perf_counter() - start), "runtime_rss_mb": before})
+    load_ms = 1000 * (time.perf_counter() - start)
+    runtime = backend.RUNTIME.partition(".")[0]
+    answer({"load_ms": load_ms, "runtime_rss_mb": before, "runtime": runtime, "runtime_version": version(runtime)})
 
+    energy = Rapl()
     for line in sys.stdin:
-        command = json.loads(line)
-        if command["do"] == "run":
-            pixels = np.load(command["pixels"], mmap_mode="r")
-            preprocessing = Preprocessing.model_validate(command["preprocessing"])
-            logits = []
-            for position in range(command["start"], command["stop"]):
-                logits.append(run(preprocessing.normalize(pixels[position]))[0])
-                answer({"done": 1})
-            np.save(command["out"], np.stack(logits))
-            answer({"finished": True})
-        elif command["do"] == "replay":
-            inputs = np.load(command["inputs"])
-            np.save(command["out"], np.concatenate([run(inputs[i : i + 1]) for i in range(len(inputs))]))
-            answer({"finished": True})
-        elif command["do"] == "time":
-            image = np.random.default_rng(0).standard_normal(command["shape"], np.float32)
-            answer({"ms": [_milliseconds(run, image) for _ in range(command["runs"])]})
-        elif command["do"] == "memory":
-            answer({"peak_rss_mb": peak_rss_mb()})
+        match line.rstrip("\n").split("\t"):
+            case "infer", source, target, *shape:
+                images = np.fromfile(source, "<f4").reshape(tuple(map(int, shape)))
+                logits = []
+                for position in range(len(images)):
+                    logits.append(run(images[position : position + 1]))
+                    answer({"done": 1})
+                np.concatenate(logits).astype("<f4").tofile(target)
+                answer({"finished": True})
+            case "time", source, runs, *shape:
+                image = np.fromfile(source, "<f4").reshape((1, *map(int, shape)))
+                counters = energy.read()
+                ms = [_milliseconds(run, image) for _ in range(int(runs))]
+                answer({"ms": ms, "joules": energy.since(counters)})
+            case ["memory"]:
+                answer({"peak_rss_mb": peak_rss_mb()})
+            case words:
+                raise ValueError(f"unknown command {words}")
 
 
 def _milliseconds(run: Any, image: Any) -> float:
