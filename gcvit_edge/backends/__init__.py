@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import gcvit_edge.backends as _package
 from gcvit_edge.model.form import Form
+from gcvit_edge.profile import Operator as TimedOperator
 from gcvit_edge.quantize.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator
 from gcvit_edge.registry import load_module, module_names
@@ -60,6 +61,10 @@ class Backend(Protocol):
 
     def load(self, path: Path, threads: int) -> Runner:
         """A runner of a saved artifact on `threads` CPU threads."""
+        ...
+
+    def profile(self, path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[TimedOperator], int | None]:
+        """The operators of a saved artifact as the runtime runs and times them, and its delegate calls if it has delegates."""
         ...
 
     def requirements(self, path: Path) -> dict[str, Any]:

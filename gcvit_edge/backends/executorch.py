@@ -4,6 +4,7 @@ The whole network is one XNNPACK delegate call. Sources: ExecuTorch 1.5, "XNNPAC
 """
 
 import copy
+import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.model.form import Form
+from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantize.arithmetic import Arithmetic
-from gcvit_edge.recipe import Operator
+from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
     from gcvit_edge.model.info import ModelInfo
 
 # XNNPACK has integer kernels for these; ExecuTorch gives it products of two activations, softmax and GELU in float only
-INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "residual"})
+INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "residual"})
 ARITHMETIC = Arithmetic(activations="int8", linear_output=True, conv_output=True)
 ARTIFACT = "model.{precision}.pte"
 RUNTIME = "executorch.runtime"
 PACKAGES = ("executorch", "torch", "torchao")
 
 
-def form(operators: frozenset[Operator]) -> Form:
+def form(operators: frozenset[RecipeOperator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; and changing layouts costs it two copies."""
     return Form(norm="products", attention="bmm", pointwise="conv")
 
@@ -87,3 +89,52 @@ def requirements(path: Path) -> dict[str, Any]:
     """A .pte is promised to load in the ExecuTorch minor version that wrote it (runtime/COMPATIBILITY.md)."""
     major, minor = version("executorch").split(".")[:2]
     return {"runtime": "executorch", "minimum_version": f"{major}.{minor}.0", "delegates": ["XnnpackBackend"], "operators": []}
+
+
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+    """From ETDump, in which XNNPACK times its own operators. Source: ExecuTorch documentation, "Profiling models"."""
+    import torch
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(threads)
+    module = portable_lib._load_for_executorch(str(path), enable_etdump=True)
+    for _ in range(runs):
+        module.forward([torch.from_numpy(image)])
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "profile.etdp"
+        module.write_etdump_result_to_file(str(dump), str(Path(folder) / "debug.bin"))
+        return read_etdump(dump)
+
+
+def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
+    """The operators, and the number of delegate calls, of an ETDump file of any machine."""
+    from executorch.devtools import Inspector
+
+    operators: list[Operator] = []
+    delegate_calls = 0
+    for block in Inspector(etdump_path=str(path)).event_blocks:
+        for event in block.events:
+            delegate_calls += event.name == "DELEGATE_CALL"
+            times = event.perf_data.raw if event.perf_data else []
+            if not times or event.name in _BRACKETS:
+                continue
+            name = event.name.rsplit(" #", 1)[0]
+            kind = _kind(name)
+            integer = kind == "matrix" and any(part in name for part in ("QS8", "QU8", "QD8", "QDU8", "QC8)"))
+            operators.append(Operator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
+    return operators, delegate_calls
+
+
+def _kind(name: str) -> Kind:
+    for kind, starts in _KINDS.items():
+        if name.startswith(starts):
+            return kind
+    return "other"
+
+
+_BRACKETS = {"DELEGATE_CALL", "Method::execute", "Method::init", "Program::load_method"}  # events around others
+_KINDS: dict[Kind, tuple[str, ...]] = {
+    "matrix": ("Fully Connected", "Convolution", "Batch Matrix Multiply", "Deconvolution"),
+    "quantization": ("Convert",),
+    "layout": ("Transpose", "Static Reshape", "Copy", "Static Slice", "Concatenate"),
+}

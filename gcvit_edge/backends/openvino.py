@@ -3,6 +3,7 @@
 Sources: OpenVINO 2026, "Low Precision Transformations" and "PyTorch frontend extensions"; Model API conventions for `model_info`.
 """
 
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,24 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.model.form import Form
+from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantize.arithmetic import Arithmetic
-from gcvit_edge.recipe import Operator
+from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
-    from openvino import Model, Output
+    from openvino import CompiledModel, Model, Output
     from openvino.frontend import NodeContext
     from torch import Tensor, nn
 
     from gcvit_edge.backends import Runner
     from gcvit_edge.model.info import ModelInfo
 
-INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
+INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
 ARITHMETIC = Arithmetic(activations="uint8")
 ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
 PACKAGES = ("openvino", "torch")
 
-def form(operators: frozenset[Operator]) -> Form:
+def form(operators: frozenset[RecipeOperator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
     return Form(norm="operator", attention="windows")
 
@@ -99,15 +101,19 @@ def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
 
 def load(path: Path, threads: int) -> "Runner":
     """Compiles the IR for the CPU, for latency, in float32 where it is not integer."""
-    import openvino
-
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    request = _compile(path, threads, {}).create_infer_request()
 
     def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
         return request.infer([image])[0].copy()
 
     return run
+
+
+def _compile(path: Path, threads: int, more: dict[str, Any]) -> "CompiledModel":
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(path, "CPU", options | more)
 
 
 def requirements(path: Path) -> dict[str, Any]:
@@ -116,3 +122,38 @@ def requirements(path: Path) -> dict[str, Any]:
 
     operators = sorted({op.get_type_name() for op in openvino.Core().read_model(path).get_ops()})
     return {"runtime": "openvino", "minimum_version": version("openvino"), "delegates": [], "operators": operators}
+
+
+_KINDS: dict[str, Kind] = {
+    "FullyConnected": "matrix", "FullyConnectedQuantizedLegacy": "matrix", "Convolution": "matrix", "GroupConvolution": "matrix",
+    "MatMul": "matrix", "FakeQuantize": "quantization", "Convert": "quantization", "Transpose": "layout", "Reorder": "layout",
+    "Reshape": "layout", "Broadcast": "layout",
+}  # fmt: skip
+
+
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+    """From OpenVINO's performance counters; attention is a fused "Subgraph". Source: OpenVINO documentation, "Performance counters"."""
+    request = _compile(path, threads, {"PERF_COUNT": True}).create_infer_request()
+    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for _ in range(runs):
+        request.infer([image])
+        for node in request.profiling_info:
+            times[node.node_name, node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1000)
+    return [
+        Operator(name, _label(name, kind, execution), _kind(name, kind), median, execution.lower().endswith(("_i8", "_u8")))
+        for (name, kind, execution), values in times.items()
+        if (median := float(np.median(values))) > 0
+    ], None
+
+
+def _label(name: str, kind: str, execution: str) -> str:
+    fused = {"matrix": "attention", "quantization": "rounding", "other": "elementwise"}.get(_kind(name, kind), "")
+    return f"{kind}{f' of {fused}' if kind == 'Subgraph' else ''}, {execution.rsplit('_', 1)[-1].lower()}"
+
+
+def _kind(name: str, kind: str) -> Kind:
+    if kind == "Subgraph":  # what the CPU plugin has fused goes by the name of its last operator
+        if "FakeQuantize" in name or "fq_" in name:
+            return "quantization"
+        return "matrix" if name.rsplit("/", 1)[-1] == "Transpose" else "other"
+    return _KINDS.get(kind, "other")
