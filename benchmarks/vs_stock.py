@@ -225,7 +225,8 @@ def main() -> None:
     Console(width=120).print(table)
     work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
     floor, best = 1000 * work / peak, min(each["p50_ms"] for each in entries)
-    print(f"{work / 1e9:.2f} GMAC; integer units: {peak / 1e9:.0f} GMAC/s seen; floor {floor:.1f} ms, the best is {best / floor:.1f} times that")
+    seen = f"{work / 1e9:.2f} GMAC; integer units were seen at {peak / 1e9:.0f} GMAC/s"
+    print(f"{seen}: the floor is {floor:.1f} ms, the fastest artifact takes {best / floor:.1f} times that")
     if arguments.json:
         arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
 

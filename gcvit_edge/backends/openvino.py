@@ -133,17 +133,22 @@ _KINDS: dict[str, Kind] = {
 
 def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
     """From OpenVINO's performance counters; attention is a fused "Subgraph". Source: OpenVINO documentation, "Performance counters"."""
+    from openvino import ProfilingInfo
+
     request = _compile(path, threads, {"PERF_COUNT": True}).create_infer_request()
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for _ in range(runs):
         request.infer([image])
         for node in request.profiling_info:
+            if node.status != ProfilingInfo.Status.EXECUTED:
+                continue
             times[node.node_name, node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1000)
     return [
-        Operator(name, _label(name, kind, execution), _kind(name, kind), median, execution.lower().endswith(("_i8", "_u8")))
+        Operator(
+            name, _label(name, kind, execution), _kind(name, kind), float(np.median(values)), execution.lower().endswith(("_i8", "_u8"))
+        )
         for (name, kind, execution), values in times.items()
-        if (median := float(np.median(values))) > 0
-    ], None
+    ], None  # fmt: skip
 
 
 def _label(name: str, kind: str, execution: str) -> str:
