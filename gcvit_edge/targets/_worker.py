@@ -66,18 +66,18 @@ def _milliseconds(run: Any, image: Any) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far, in MB (10^6 bytes).
+def peak_rss_mb(pid: int | None = None) -> float:
+    """Highest resident memory so far of a process (None: this one), in MB (10^6 bytes).
 
     Linux: VmHWM, because ru_maxrss is inherited from the process that started this one.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     import psutil
 
-    info = psutil.Process().memory_info()
+    info = psutil.Process(pid).memory_info()
     return getattr(info, "peak_wset", info.rss) / 1e6
 
 
