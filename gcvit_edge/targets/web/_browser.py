@@ -61,7 +61,8 @@ def browser_version(path: str) -> str:
         raise UserError(f"{path} does not start ({error}); give another browser as web:BROWSER") from error
     found = re.search(r"^.*?\d[\w.]*", shown.stdout, re.MULTILINE)
     if found is None:
-        raise UserError(f"{path} --version says {(shown.stdout + shown.stderr).strip()[-200:]!r}; give a Chromium or Firefox as web:BROWSER")
+        printed = (shown.stdout + shown.stderr).strip()[-200:]
+        raise UserError(f"{path} --version says {printed!r}; give a Chromium or Firefox as web:BROWSER")
     return found.group()
 
 

@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _page(self) -> PageServer:
         return cast(PageServer, self.server)
 
-    def do_GET(self) -> None:  # noqa: N802  # the name that http.server looks for
+    def do_GET(self) -> None:  # the name that http.server looks for
         name = self._name()
         images = self._page.images
         kind, _, number = name.partition("/")
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         name, body = self._name(), self.rfile.read(int(self.headers["Content-Length"]))
         if name not in ("answer", "logits"):
             self.send_error(404)
