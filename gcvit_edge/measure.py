@@ -16,7 +16,7 @@ from gcvit_edge.data import Pixels, class_indices, decode_images, find_images
 from gcvit_edge.devices import Device
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.evaluate import Classes, Logits, compare, hits, wilson_interval
-from gcvit_edge.parity import check_parity, finite_db
+from gcvit_edge.parity import finite_db
 from gcvit_edge.progress import Advance, Steps
 from gcvit_edge.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.targets import Case, Connection, Session, load_target
@@ -195,5 +195,5 @@ def _result(bundle: Bundle, site: _Site, case: Case, session: Session, threads: 
         load_ms=None if site.emulated else round(session.load_ms, 2),
         peak_rss_mb=None if site.emulated else round(session.peak_rss_mb(), 1),
         runtime_rss_mb=None if site.emulated else round(session.runtime_rss_mb, 1),
-        parity=check_parity(golden, bundle.golden_logits(artifact), artifact.precision),
+        parity=case.check(golden, bundle),
     )

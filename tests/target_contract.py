@@ -2,7 +2,7 @@
 that need an address, which start a device of their own."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from gcvit_edge.data import Pixels
 from gcvit_edge.devices import Device
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.measure import benchmark_bundle
-from gcvit_edge.parity import check_parity
 from gcvit_edge.progress import Steps
 from gcvit_edge.result import Report
 from gcvit_edge.targets import CHUNK_IMAGES, Case, load_target
@@ -48,7 +47,7 @@ def _check_module(name: str) -> None:
 
 
 def _check_session(session: Any, case: Case, bundle: Bundle, folder: Path) -> None:
-    golden = bundle.golden_logits(case.artifact)
+    classes = len(bundle.info.labels.names)
     count = CHUNK_IMAGES + 2  # more than one chunk
     preprocessing = bundle.info.preprocessing
     pixels = np.random.default_rng(0).integers(0, 256, (count, *preprocessing.size, 3), np.uint8)
@@ -59,13 +58,13 @@ def _check_session(session: Any, case: Case, bundle: Bundle, folder: Path) -> No
         assert session.runtime_version[0].isdigit()
         logits = session.infer(bundle.golden_input(), lambda: None)
         assert logits.dtype == np.float32
-        assert check_parity(logits, golden, case.artifact.precision).passed
+        assert case.check(logits, bundle).passed
         assert len(session.time(bundle.golden_input()[:1], 3).ms) == 3
         assert min(session.time(bundle.golden_input()[:1], 2).ms) > 0
         done: list[int] = []
         streamed = session.run(Pixels(folder / "pixels.npy", np.arange(count), ()), preprocessing, 0, count, lambda: done.append(1))
         assert len(done) == count
-        assert streamed.shape == (count, golden.shape[1])
+        assert streamed.shape == (count, classes)
         last = session.infer(preprocessing.normalize(pixels[-1]), lambda: None)
         np.testing.assert_array_equal(streamed[-1:], last)  # every image has its own answer, in order
         assert not np.array_equal(streamed[0], streamed[-1])
@@ -77,7 +76,7 @@ def _check_broken_artifact(connection: Any, case: Case, folder: Path) -> None:
     broken.write_bytes(b"no model at all")
     artifact = type(case.artifact)(case.artifact.backend, case.artifact.precision, broken, (broken,))
     with pytest.raises(CheckFailed, match=broken.name):
-        connection.open(Case(artifact, case.execution), 1, pinned=False)
+        connection.open(replace(case, artifact=artifact), 1, pinned=False)
 
 
 def _check_report(device: Device, bundle: Bundle) -> None:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gcvit_edge.artifact import Artifact
+    from gcvit_edge.bundle import Bundle
     from gcvit_edge.data import Pixels, Preprocessing
     from gcvit_edge.machine import Machine
+    from gcvit_edge.parity import Arithmetic, Parity
 
 CHUNK_IMAGES = 64  # sent to the device at a time: 39 MB at 224 px, so that small boards have room
 
@@ -59,15 +61,32 @@ def parse_target(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run one artifact, a line of the result. execution: how, such as "cpu" or "CUDA graphs"."""
+    """One way to run one artifact, a line of the result. execution: how, such as "cpu" or "CUDA graphs".
+
+    arithmetic: what it computes in, where that is less exact than its precision. golden: the artifact of the bundle whose golden
+    logits it must reproduce, where it is none of the bundle itself.
+    """
 
     artifact: "Artifact"
     execution: str
+    arithmetic: "Arithmetic | None" = None
+    golden: "Artifact | None" = None
 
     @property
     def name(self) -> str:
         """For messages: `onnx.int8 (cpu)`."""
         return f"{self.artifact.name} ({self.execution})"
+
+    def check(self, logits: "NDArray[np.float32]", bundle: "Bundle") -> "Parity":
+        """Compares its logits for the golden input (N, classes) with the golden ones.
+
+        Raises:
+            CheckFailed: they have another shape.
+        """
+        from gcvit_edge.parity import check_parity
+
+        golden = self.golden or self.artifact
+        return check_parity(logits, bundle.golden_logits(golden), self.arithmetic or self.artifact.precision, golden.precision)
 
 
 @dataclass(frozen=True)
