@@ -28,9 +28,9 @@ def two_backends(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 
 @without_gpu
-def test_refused_without_a_gpu(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_without_a_gpu(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", str(bundle.root), "--target", "cuda"]) == 2
-    assert "target 'cuda' cannot be used here: " in " ".join(capsys.readouterr().err.split())
+    assert "target 'cuda' cannot be used here: " in " ".join(capfd.readouterr().err.split())
 
 
 @without_gpu
@@ -74,8 +74,8 @@ def test_options_that_are_refused(bundle: Bundle, tmp_path: Path) -> None:
         cases(bundle, tmp_path / "none.pth", "tf32")
 
 
-def test_artifacts_run_where_their_runtime_has_a_gpu_build(pte_bundle: Bundle) -> None:
-    found = cuda._artifact_cases(pte_bundle.artifacts, {"onnx": "CUDA provider"})
+def test_artifacts_run_where_their_runtime_has_a_gpu_build(two_backends: Bundle) -> None:
+    found = cuda._artifact_cases(two_backends.artifacts, {"onnx": "CUDA provider"})
     assert [case.name for case in found] == ["onnx.float (CUDA provider)"]
 
 
@@ -95,7 +95,7 @@ def test_torchao(bundle: Bundle, weights: Path) -> None:
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
         parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
     assert parity.passed
-    assert parity.sqnr_db < 60  # it is in INT8
+    assert parity.sqnr_db < 80  # it is in INT8: float would be equal to far more
 
 
 def test_linears_that_cublas_cannot_run_stay_in_float(weights: Path) -> None:

@@ -92,7 +92,7 @@ def test_browsers_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(UserError, match="browser 'netscape' is not on PATH"):
         find_browser("netscape")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"no browser on PATH .looked for chromium, .*apt install chromium"):
+    with pytest.raises(UserError, match=r"no browser on PATH \(looked for chromium, .*apt install chromium"):
         find_browser("")
     assert "no browser on PATH" in (web.missing() or "")
     with pytest.raises(UserError, match="--version says 'hello'"):
