@@ -85,10 +85,10 @@ def plan_training(
         raise UserError(f"freeze_stages must be 0 to 4, the stages of GC ViT, got {freeze_stages}")
     images = find_images(Path(data), "training")
     evaluation = None if eval is None else find_images(Path(eval), "evaluation")
-    steps_per_epoch(len(images.files), settings)
     checkpoint = None if weights is None else read_checkpoint(str(weights))
     labels = _choose_labels(labels, checkpoint, images)
     classes = class_indices(images, labels)
+    steps_per_epoch(len(images.files), settings)
     config = _config(checkpoint, model, len(labels.names), image_size, drop_path)
     if preprocessing is None:
         preprocessing = _choose_preprocessing(checkpoint, config.img_size)
