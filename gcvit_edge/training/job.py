@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, default_preprocessing, find_images, find_readable
 from gcvit_edge.errors import UserError
@@ -138,10 +139,7 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
     )
     if main:
         assert isinstance(trained, GCViT)  # an average has the type of its model
-        partial = job.output.with_name(job.output.name + ".partial")
-        save_checkpoint(trained.cpu(), job.info, partial, half=False)
-        partial.replace(job.output)
-        job.state.unlink()
+        _write(trained.cpu(), job)
     job.accelerator.end_training()
     report: dict[str, Any] = {
         "file": str(job.output),
@@ -159,6 +157,18 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
         top1, count = history[-1].evaluation, len(evaluation)
         report |= {"evaluation_images": count, "top1": top1, "top1_ci95": list(wilson_interval(round(top1 * count), count))}
     return report
+
+
+def _write(model: GCViT, job: TrainJob) -> None:
+    """The checkpoint, whole or not at all; then the saved run is of no more use."""
+    partial = job.output.with_name(job.output.name + ".partial")
+    try:
+        save_checkpoint(model, job.info, partial, half=False)
+        partial.replace(job.output)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {job.output}: {error}; the run is saved, so make room and give --resume") from error
+    job.state.unlink()
 
 
 def freeze(model: GCViT, stages: int) -> None:
