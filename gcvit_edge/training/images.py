@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,10 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def digest(self) -> str:
-        """SHA-256 of the names and the classes of all images."""
-        return sha256("\n".join(self.images.files).encode() + self.classes.tobytes()).hexdigest()
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others: SHA-256 of all names and classes, and the preprocessing."""
+        digest = sha256("\n".join(self.images.files).encode() + self.classes.tobytes()).hexdigest()
+        return {"images": digest, "preprocessing": self.preprocessing.model_dump(mode="json")}
 
 
 class Samples(Dataset[tuple[Tensor, int]]):

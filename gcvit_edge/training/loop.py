@@ -5,7 +5,7 @@ generator. So a resumed run continues bit for bit, and two processes draw what o
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,7 +30,7 @@ from gcvit_edge.training.state import read_state, write_state
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SAVE_STEPS = 100  # optimizer steps between two saved states within an epoch
+SAVE_SECONDS = 120  # between two saved states within an epoch
 _REPORT_STEPS = 5  # reading the loss makes a GPU wait
 _EVALUATION_BATCH = 32
 _MAX_WORKERS = 8  # processes that decode images for a GPU
@@ -67,9 +67,10 @@ def make_accelerator(device: str) -> "Accelerator":
 
 @dataclass
 class _Run:
-    """A run between two optimizer steps. totals: (loss, hits, images) of this epoch so far in this process, float64.
+    """A run between two optimizer steps, and the file that it is saved to.
 
-    network is `model` as the processes share it; average is the model with averaged weights.
+    network is `model` as the processes share it; average is the model with averaged weights. totals: (loss, hits, images) of
+    this epoch so far in this process, float64. identity: what a run must have in common with a saved one to continue it.
     """
 
     settings: TrainSettings
@@ -81,18 +82,24 @@ class _Run:
     optimizer: AdamW
     schedule: LambdaLR
     totals: Tensor
+    file: Path
+    identity: dict[str, Any]
     step: int = 0
     history: list[Epoch] = field(default_factory=list)
+    saved: float = field(default_factory=perf_counter)
 
-    def state(self) -> dict[str, Any]:
-        """All that changes, for `load`. To be called by every process."""
-        totals = _summed(self.accelerator, self.totals)
-        _check_finite(totals)  # a broken run is not worth saving
-        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
-        return parts | {"step": self.step, "totals": totals, "history": [asdict(epoch) for epoch in self.history]}
+    def save(self) -> None:
+        """Writes all that changes, in the main process."""
+        self.saved = perf_counter()
+        if self.accelerator.is_main_process:
+            _check_finite(self.totals)  # a broken run is not worth saving
+            parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+            place = {"step": self.step, "totals": self.totals, "history": [asdict(epoch) for epoch in self.history]}
+            write_state(self.file, self.identity, parts | place)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken."""
+    def load(self) -> None:
+        """Goes on where the run was saved."""
+        state = read_state(self.file, self.identity)
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.history = state["step"], [Epoch(**epoch) for epoch in state["history"]]
@@ -118,7 +125,7 @@ def fit(
 ) -> tuple[nn.Module, list[Epoch]]:
     """Trains `model` in place; gives the model with the average of its weights, in eval mode, and what every epoch gave.
 
-    model: (B, 3, H, W) float32 -> (B, classes). state: file that the run is saved to, every `SAVE_STEPS` steps and after every
+    model: (B, 3, H, W) float32 -> (B, classes). state: file that the run is saved to, every `SAVE_SECONDS` and after every
     epoch; `resume` continues from it. teacher: learnt from as `settings.distillation` says. groups: AdamW's parameter groups,
     each with an "lr" of its own if it wants one; default, `parameter_groups`. evaluation: images of an accuracy after every epoch.
 
@@ -148,33 +155,28 @@ def fit(
         optimizer=optimizer,
         schedule=LambdaLR(optimizer, partial(learning_rate_factor, steps=settings.epochs * per_epoch, warmup=settings.warmup)),
         totals=torch.zeros(3, dtype=torch.float64, device=device),
+        file=state,
+        identity=data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model)},
     )
-    identity = {"settings": settings.model_dump(mode="json"), "images": data.digest(), "weights": _count(model)}
     if resume:
-        run.load(read_state(state, identity))
+        run.load()
     run.network = accelerator.prepare_model(model)
-
-    def save() -> None:
-        content = run.state()
-        if accelerator.is_main_process:
-            write_state(state, identity, content)
-
     with _reproducible(device):
         for epoch in range(run.step // per_epoch, settings.epochs):
             first = run.step - epoch * per_epoch
             with steps.step(f"epoch {epoch + 1} of {settings.epochs}", per_epoch, first) as bar:
                 start = perf_counter()
-                _train_epoch(run, data, epoch, range(first, per_epoch), bar, save)
+                _train_epoch(run, data, epoch, range(first, per_epoch), bar)
                 loss, right = _means(_summed(accelerator, run.totals))
                 correct = None if evaluation is None else accuracy(run.average, evaluation, settings, accelerator)
                 run.history.append(Epoch(loss, right, correct, perf_counter() - start))
                 bar.note(_summary(run.history[-1]))
             run.totals.zero_()
-            save()
+            run.save()
     return run.average.module, run.history
 
 
-def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar: Bar, save: Callable[[], None]) -> None:
+def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar: Bar) -> None:
     """The optimizer steps `steps` of an epoch."""
     settings, accelerator = run.settings, run.accelerator
     size, passes = micro_batches(settings, accelerator.num_processes)
@@ -201,8 +203,8 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
         if step % _REPORT_STEPS == 0:
             loss, right = _means(run.totals)
             bar.note(f"loss {loss:.3f}, accuracy {right:.1%}")
-        if (step + 1) % SAVE_STEPS == 0 and step + 1 < steps.stop:
-            save()
+        if perf_counter() - run.saved > SAVE_SECONDS and step + 1 < steps.stop:
+            run.save()
 
 
 def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -> None:

@@ -90,8 +90,11 @@ def test_an_image_that_vanished(colours: LabelledImages, tmp_path: Path) -> None
         _ = Samples(gone)[0]
 
 
-def test_the_digest_tells_other_images_and_classes_apart(colours: LabelledImages) -> None:
-    other_classes = replace(colours, classes=colours.classes[::-1].copy())
-    fewer = replace(colours, images=replace(colours.images, files=colours.images.files[1:]))
-    assert len({colours.digest(), other_classes.digest(), fewer.digest()}) == 3
-    assert colours.digest() == replace(colours).digest()
+def test_the_identity_tells_other_images_classes_and_preprocessing_apart(colours: LabelledImages) -> None:
+    others = [
+        replace(colours, classes=colours.classes[::-1].copy()),
+        replace(colours, images=replace(colours.images, files=colours.images.files[1:])),
+        replace(colours, preprocessing=Preprocessing(size=(32, 32))),
+    ]
+    assert all(other.identity() != colours.identity() for other in others)
+    assert colours.identity() == replace(colours).identity()

@@ -77,14 +77,14 @@ def test_a_student_learns_from_its_teacher_whatever_the_labels(small_model: Make
 def test_a_resumed_run_is_the_same_to_the_bit(
     small_model: Maker, run: Runner, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gcvit_edge.training.loop.SAVE_STEPS", 3)
+    monkeypatch.setattr("gcvit_edge.training.loop.SAVE_SECONDS", 0)  # every step
     settings = {"epochs": 3, "micro_batch": 4, "precision": precision, "augmentation": {"rand_augment": 5}}
     whole, history = run(small_model(drop_path=0.2), "whole", settings=settings)
     model = small_model(drop_path=0.2)
-    interrupt_after(model, 2 * 9)  # in the tenth of 15 steps: the state is that of the third step of the second epoch
+    interrupt_after(model, 2 * 7 + 1)  # in the middle of the eighth of 15 steps, the third of the second epoch
     with pytest.raises(KeyboardInterrupt):
         run(model, "parted", settings=settings)
-    assert torch.load(tmp_path / "parted", weights_only=True)["content"]["step"] == 8
+    assert torch.load(tmp_path / "parted", weights_only=True)["content"]["step"] == 7
     parted, parted_history = run(small_model(dim=16, drop_path=0.2), "parted", settings=settings, resume=True)
     assert_same(torch.load(tmp_path / "parted", weights_only=True), torch.load(tmp_path / "whole", weights_only=True))
     assert_same(parted.state_dict(), whole.state_dict())
