@@ -30,7 +30,7 @@ from gcvit_edge.training.state import read_state, write_state
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SAVE_SECONDS = 120  # between two saved states within an epoch
+SAVE_SECONDS = 60  # between two saved states within an epoch
 _REPORT_STEPS = 5  # reading the loss makes a GPU wait
 _EVALUATION_BATCH = 32
 _MAX_WORKERS = 8  # processes that decode images for a GPU

@@ -147,7 +147,7 @@ def test_an_interrupted_run_is_kept_and_resumed(tiny: Tiny, tmp_path: Path, capf
     deadline = time.monotonic() + 60
     while not state.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    command.send_signal(signal.SIGINT)
+    command.send_signal(signal.SIGTERM)
     _, shown = command.communicate(timeout=60)
     assert command.returncode == 130
     assert shown.endswith(f"interrupted; the run is saved in {state}: continue it with --resume\n")
