@@ -103,6 +103,7 @@ def plan_training(
     if checkpoint is not None:
         load_weights(network, _with_classes(checkpoint, network, labels), str(weights))
     freeze(network, freeze_stages)
+    epochs = f"{settings.epochs} epoch{'' if settings.epochs == 1 else 's'}"
     start = RANDOM_WEIGHTS if checkpoint is None else checkpoint.origin.source
     info = ModelInfo(
         name=variant_of(config) or "gcvit_custom",
@@ -110,7 +111,7 @@ def plan_training(
         labels=labels,
         preprocessing=preprocessing,
         origin=Origin(
-            source=f"gcvit-edge train: {len(images.files)} images, {settings.epochs} epochs, from {start}",
+            source=f"gcvit-edge train: {len(images.files)} images, {epochs}, from {start}",
             layout="gcvit-edge",
             licence=licence or (OWN_LICENCE if checkpoint is None else checkpoint.origin.licence),
         ),

@@ -92,10 +92,7 @@ def test_the_report(trained: tuple[Path, dict[str, Any]]) -> None:
 def test_the_checkpoint_is_what_was_trained(trained: tuple[Path, dict[str, Any]], tiny: Tiny, tmp_path: Path) -> None:
     output, report = trained
     again = job(tiny, tmp_path / "again.safetensors")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     network, history = fit(again.model, again.data, again.settings, again.accelerator, state=again.state)
-    torch.set_num_threads(threads)
     assert [epoch.loss for epoch in history] == [epoch["loss"] for epoch in report["epochs"]]
     loaded, info = load_model(str(output))
     created = create_model(weights=output, dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), img_size=32)

@@ -128,8 +128,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_model: Maker, run: Runner,
     assert not (tmp_path / "state").exists()
 
 
-def test_the_global_determinism_flag_is_left_as_it_was(small_model: Maker, run: Runner) -> None:
-    run(small_model(), settings={"epochs": 1})
+def test_operators_are_deterministic_in_the_run_alone(small_model: Maker, run: Runner) -> None:
+    model, seen = small_model(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    run(model, settings={"epochs": 1})
+    assert seen == [True] * 5
     assert not torch.are_deterministic_algorithms_enabled()
 
 
