@@ -1,7 +1,7 @@
 """Ours against the stock way, in every runtime, interleaved in one run.
 
     pip install timm==1.0.31
-    python benchmarks/vs_stock.py [--model gcvit_xxtiny] [--json FILE]
+    python benchmarks/vs_stock.py [--model gcvit_xxtiny] [--img-size 224] [--folder DIR] [--json FILE]
 
 Stock is what a user does without us: timm's model, each tool's own exporter and INT8 quantizer, with their defaults. Ours is
 what `gcvit-edge quantize --recipe int8_ptq` makes. Both have the same weights, are calibrated on the same images and timed on the
@@ -23,17 +23,20 @@ from rich.table import Table
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.data import decode_images, find_images, inputs
+from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.model.create import create_model, describe_model, load_model
-from gcvit_edge.pipeline import save_artifact
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
+from gcvit_edge.quantize.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.targets.local import Timing, default_threads, time_artifacts
 
 ROUNDS = 40
-CALIBRATION_IMAGES = 128
+CALIBRATION_IMAGES = 16  # speed does not depend on them
 
 
 def stock_onnx(model: torch.nn.Module, images: list[np.ndarray], folder: Path) -> list[Artifact]:
@@ -98,31 +101,75 @@ def stock_executorch(model: torch.nn.Module, images: list[np.ndarray], folder: P
 STOCK = {"executorch": stock_executorch, "onnx": stock_onnx, "openvino": stock_openvino}
 
 
-def build(name: str, folder: Path, steps: Steps) -> list[tuple[str, Artifact]]:
-    """(form, artifact) of both ways, float and INT8, in all runtimes."""
+def build(name: str, img_size: int | None, folder: Path, steps: Steps) -> list[tuple[str, Artifact]]:
+    """(form, artifact) of both ways, float and INT8, in all runtimes; what `folder` has already is not built again."""
     import timm
 
-    if name == SAMPLE_MODEL:
+    if name == SAMPLE_MODEL and img_size is None:
         model, info = load_model(str(sample_weights(name)))
     else:
         torch.manual_seed(0)  # speed does not depend on the weights
-        model = create_model(name)
+        model = create_model(name, img_size=img_size)
         info = describe_model(model)
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
     sample = find_images(resource_dir("calib") / "calib.zip", "calibration").select(CALIBRATION_IMAGES, 0)
     images = list(inputs(decode_images(sample, info.preprocessing, folder / "calib.npy"), info.preprocessing))
+    ranges = observe(deploy(model, Form()), images)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
     artifacts: list[tuple[str, Artifact]] = []
     for runtime in backend_names():
-        with steps.step(f"{runtime}: stock"):
-            artifacts += [("stock", artifact) for artifact in STOCK[runtime](theirs, images, folder)]
-        with steps.step(f"{runtime}: ours"):
-            backend = load_backend(runtime)
-            graph = backend.capture(model, info)
-            artifacts.append(("ours", save_artifact(runtime, graph, "float", folder, info)))
-            artifacts.append(("ours", save_artifact(runtime, backend.quantize(graph, recipe, images), "int8", folder, info)))
+        ours, stock = folder / "ours", folder / f"stock-{runtime}"
+        if not stock.exists():
+            with steps.step(f"{runtime}: stock"):
+                stock.mkdir()
+                STOCK[runtime](theirs, images, stock)
+        for precision in ("float", "int8"):
+            if not (ours / load_backend(runtime).ARTIFACT.format(precision=precision)).exists():
+                with steps.step(f"{runtime}: our {precision}"):
+                    if precision == "float":
+                        lower_float(runtime, model, info, ours)
+                    else:
+                        lower_quantized(runtime, model, info, recipe, ranges, ours)
+            artifacts += [("stock", found(runtime, precision, stock)), ("ours", found(runtime, precision, ours))]
     return artifacts
+
+
+def found(runtime: str, precision: str, folder: Path) -> Artifact:
+    """The artifact that was written below `folder`."""
+    suffix = Path(load_backend(runtime).ARTIFACT).suffix
+    path = next(folder.rglob(f"*.{precision}{suffix}"))
+    return Artifact(runtime, precision, path, (path, *path.parent.glob(f"*.{precision}.bin")))  # type: ignore[arg-type]
+
+
+def macs(name: str, img_size: int | None) -> float:
+    """Multiply-accumulates of one image, of the published network."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = create_model(name, img_size=img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, *model.config.img_size))
+    return counter.get_total_flops() / 2
+
+
+def integer_peak(threads: int) -> float:
+    """INT8 multiply-accumulates a second, the best of several large matrix products in OpenVINO."""
+    import openvino
+    from openvino import opset15 as ops
+
+    size = 2048
+    x = ops.parameter([size, size], np.float32)
+    limits = [ops.constant(np.float32(v)) for v in (-1, 1, -1, 1)]
+    weight = ops.multiply(ops.convert(ops.constant(np.full((size, size), 3, np.int8)), "f32"), ops.constant(np.float32(0.01)))
+    product = ops.matmul(ops.fake_quantize(x, *limits, 256), weight, False, True)
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True}
+    request = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", options).create_infer_request()
+    data, best = np.zeros((size, size), np.float32), float("inf")
+    for _ in range(20):
+        request.infer([data])
+        times = [node.real_time.total_seconds() for node in request.profiling_info if "i8" in node.exec_type.lower()]
+        best = min(best, *times)
+    return size**3 / best
 
 
 def entry(form: str, artifact: Artifact, timing: Timing, stock: Timing) -> dict[str, Any]:
@@ -147,13 +194,20 @@ def entry(form: str, artifact: Artifact, timing: Timing, stock: Timing) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SAMPLE_MODEL)
+    parser.add_argument("--img-size", type=int, help="(default: the variant's)")
+    parser.add_argument("--folder", type=Path, help="keep the artifacts there, and use what is there already")
+    parser.add_argument("--build-only", action="store_true", help="build into --folder, and time nothing")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     steps = Steps(Console(stderr=True))
-    with tempfile.TemporaryDirectory() as folder:
-        built = build(arguments.model, Path(folder), steps)
-        side = describe_model(create_model(arguments.model)).preprocessing.size
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        built = build(arguments.model, arguments.img_size, folder, steps)
+        if arguments.build_only:
+            return
+        side = create_model(arguments.model, img_size=arguments.img_size).config.img_size
         with steps.step("time", ROUNDS * len(built)) as advance:
             timings = time_artifacts([artifact for _, artifact in built], (1, 3, *side), arguments.threads, ROUNDS, advance)
         stock = {a.backend: t for (form, a), t in zip(built, timings, strict=True) if (form, a.precision) == ("stock", "float")}
@@ -169,6 +223,10 @@ def main() -> None:
             f"{each['peak_rss_mb']:.0f}",
         )  # fmt: skip
     Console(width=120).print(table)
+    work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
+    floor, best = 1000 * work / peak, min(each["p50_ms"] for each in entries)
+    seen = f"{work / 1e9:.2f} GMAC; integer units were seen at {peak / 1e9:.0f} GMAC/s"
+    print(f"{seen}: the floor is {floor:.1f} ms, the fastest artifact takes {best / floor:.1f} times that")
     if arguments.json:
         arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
 

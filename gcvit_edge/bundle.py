@@ -8,29 +8,25 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.data import read_image
-from gcvit_edge.errors import CheckFailed, UserError, unknown_name
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.parity import Parity, check_parity
 from gcvit_edge.targets.local import Session, default_threads
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 GOLDEN_INPUT = "golden/input.npy"
-
-# Float artifacts reproduce their golden logits on any machine; INT8 ones differ between instruction sets, by some 36 dB
-# (AVX2, AVX-512, NEON: each rounds and saturates elsewhere), while a wrong kernel is below 5 dB.
-MIN_REPLAY_DB = {"float": 80.0, "int8": 20.0}
 
 Role = Literal["artifact", "artifact_data", "golden", "labels", "preprocessing", "report", "card"]
 
@@ -158,16 +154,6 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Replay:
-    """How an artifact reproduced its golden logits here: SQNR in dB (infinite when equal) and what was asked for."""
-
-    artifact: str
-    sqnr_db: float
-    minimum_db: float
-    same_top1: bool
-
-
 class Bundle:
     """An opened bundle. root: its folder. manifest: the validated bundle.json."""
 
@@ -236,14 +222,25 @@ class Bundle:
             predictions.append([(self.info.labels.names[i], float(probabilities[i])) for i in order])
         return predictions
 
-    def verify(self) -> list[Replay]:
+    def golden_input(self) -> NDArray[np.float32]:
+        """The network inputs (N, C, H, W) whose logits are golden."""
+        return np.load(self.root / GOLDEN_INPUT)
+
+    def golden_logits(self, artifact: Artifact) -> NDArray[np.float32]:
+        """The logits (N, classes) that an artifact of the bundle gave for them when it was made."""
+        return np.load(self.root / golden_output(artifact))
+
+    def verify(self) -> dict[str, Parity]:
         """Recomputes every hash, then replays the golden tensors of every artifact in its runtime, in a fresh process.
 
+        Returns how each artifact, by name, reproduced its golden logits.
+
         Raises:
-            CheckFailed: a file is missing, changed or not listed, or an artifact gives other answers than it should.
+            CheckFailed: a file is missing, changed or not listed.
+            WrongAnswer: an artifact gives other logits than it should.
         """
         self._verify_files()
-        return [self._replay(artifact) for artifact in self.artifacts]
+        return {artifact.name: self._replay(artifact) for artifact in self.artifacts}
 
     def _verify_files(self) -> None:
         listed = {MANIFEST}
@@ -265,21 +262,14 @@ class Bundle:
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
 
-    def _replay(self, artifact: Artifact) -> Replay:
-        expected = np.load(self.root / golden_output(artifact))
+    def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
-            got = session.replay(self.root / GOLDEN_INPUT)
-        if got.shape != expected.shape:
-            raise CheckFailed(f"{artifact.name} gives {got.shape} logits, its golden output has {expected.shape}; get the bundle again")
-        replay = Replay(
-            artifact.name, sqnr_db(got, expected), MIN_REPLAY_DB[artifact.precision], bool((got.argmax(1) == expected.argmax(1)).all())
-        )
-        if replay.sqnr_db < replay.minimum_db:
-            raise CheckFailed(
-                f"{artifact.name} gives other logits than when it was made: {replay.sqnr_db:.1f} dB, expected at least "
-                f"{replay.minimum_db:.0f} dB; its runtime on this machine computes it wrongly"
-            )
-        return replay
+            got = session.infer(self.golden_input(), lambda: None)
+        parity = check_parity(got, self.golden_logits(artifact), artifact.precision)
+        if not parity.passed:
+            raise WrongAnswer(f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "
+                              "machine computes it wrongly")
+        return parity
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -9,9 +9,12 @@ import numpy as np
 
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.lower import lower_quantized
 from gcvit_edge.machine import cpu_name, int8_features
+from gcvit_edge.model.form import Form
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.targets import load_target, target_names
 from gcvit_edge.targets.local import default_threads
 
 PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -36,6 +39,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
+        "targets": {name: load_target(name).missing() or "available" for name in target_names()},
         "cpu": cpu_name(),
         "cpus": default_threads(),
         "int8_features": features,
@@ -55,6 +59,8 @@ def _try(name: str) -> str:
     import torch
 
     from gcvit_edge.model.create import create_model, describe_model
+    from gcvit_edge.model.deploy import deploy
+    from gcvit_edge.quantize.ranges import observe
 
     try:
         torch.manual_seed(0)
@@ -62,12 +68,10 @@ def _try(name: str) -> str:
         info = describe_model(model)
         images = list(np.random.default_rng(0).standard_normal((8, 1, 3, 32, 32), np.float32))
         recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        backend = load_backend(name)
-        graph = backend.capture(model, info)
+        ranges = observe(deploy(model, Form()), images)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / backend.ARTIFACT.format(precision="int8")
-            backend.save(backend.quantize(graph, recipe, images), path, info)
-            got = backend.load(path, 1)(images[0])
+            artifact = lower_quantized(name, model, info, recipe, ranges, Path(folder))
+            got = load_backend(name).load(artifact.path, 1)(images[0])
         with torch.no_grad():
             parity = sqnr_db(got, model(torch.from_numpy(images[0])).numpy())
         return f"works ({parity:.0f} dB on a small INT8 model)" if parity > 15 else f"fails: wrong answers, {parity:.0f} dB"

@@ -17,9 +17,15 @@ class LimitBroken(Exception):
 
 
 class CheckFailed(Exception):
-    """An artifact or a bundle is not what it claims: a changed file, a wrong answer, a broken baseline. Exit code 4."""
+    """An artifact or a bundle is not what it claims: a changed file, a broken baseline; or a device failed. Exit code 4."""
 
     exit_code = 4
+
+
+class WrongAnswer(CheckFailed):
+    """An artifact runs, but gives other logits than its golden ones. Exit code 5."""
+
+    exit_code = 5
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

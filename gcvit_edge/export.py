@@ -14,9 +14,10 @@ from gcvit_edge.bundle import Bundle, open_bundle, staged_bundle
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.lower import lower_float
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pack import pack
-from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, save_artifact, timing_entry
+from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, timing_entry
 from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
 from gcvit_edge.progress import Steps
 from gcvit_edge.targets.local import Session, time_artifacts
@@ -62,15 +63,13 @@ def export_float(
     with staged_bundle(path, force) as stage:
         with torch.no_grad():
             expected = network(torch.from_numpy(golden)).numpy()
-        np.save(stage / "input.npy", golden)
         artifacts: list[Artifact] = []
         entries: list[dict[str, Any]] = []
         for name in names:
             with steps.step(f"{name}: export float"):
-                backend = load_backend(name)
-                artifact = save_artifact(name, backend.capture(network, info), "float", stage, info)
+                artifact = lower_float(name, network, info, stage)
             with Session(artifact, threads) as session:
-                parity = sqnr_db(session.replay(stage / "input.npy"), expected)
+                parity = sqnr_db(session.infer(golden, lambda: None), expected)
             if parity < MIN_FLOAT_PARITY_DB:
                 raise CheckFailed(f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected {MIN_FLOAT_PARITY_DB:.0f} dB or more")
             artifacts.append(artifact)
@@ -83,7 +82,6 @@ def export_float(
                     "parity_db": round(parity, 1),
                 }
             )
-        (stage / "input.npy").unlink()
         with steps.step("time", TIMED_ROUNDS * len(artifacts)) as advance:
             timings = time_artifacts(artifacts, (1, *shape[1:]), threads, TIMED_ROUNDS, advance)
         report = {

@@ -1,67 +1,199 @@
-"""Measuring a finished bundle: accuracy on other images, latency on this machine."""
+"""Measuring a finished bundle on devices: latency, accuracy, and in either case whether the answers are right."""
 
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gcvit_edge import __version__
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
-from gcvit_edge.data import class_indices, decode_images, find_images
-from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import compare, hits, wilson_interval
-from gcvit_edge.machine import cpu_name
-from gcvit_edge.pipeline import timing_entry
-from gcvit_edge.plan import resolve_threads
-from gcvit_edge.progress import Steps
-from gcvit_edge.targets.local import run_artifacts, time_artifacts
+from gcvit_edge.data import Pixels, class_indices, decode_images, find_images
+from gcvit_edge.devices import Device
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.evaluate import Classes, Logits, compare, hits, wilson_interval
+from gcvit_edge.parity import finite_db
+from gcvit_edge.progress import Advance, Steps
+from gcvit_edge.result import Accuracy, Latency, Report, Result, Run
+from gcvit_edge.targets import Case, Connection, Session, load_target
+from gcvit_edge.timing import Mode, Timing, time_sessions
 
 
-def evaluate_bundle(bundle: Bundle, data: Path, steps: Steps) -> dict[str, Any]:
-    """Top-1 and top-5 of every artifact on the images of `data`; against float, where the bundle has float artifacts.
+@dataclass(frozen=True)
+class _Site:
+    """A connected device. emulated: time says nothing there."""
+
+    device: Device
+    connection: Connection
+    threads: int
+    emulated: bool
+
+
+def benchmark_bundle(
+    bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None
+) -> Report:
+    """Latency, load time, memory and parity of every artifact on every device, one device after the other.
+
+    backends: None is all. An artifact whose answers are wrong is in the report like any other: see `Report.wrong`.
 
     Raises:
-        UserError: no images, or class folders that are no class of the model.
+        UserError: a device cannot be reached or can run nothing of the bundle. Of several devices, see `Run.error`.
+        CheckFailed: an artifact does not run on the device. Of several devices, see `Run.error`.
     """
+
+    def measure(site: _Site, cases: list[Case]) -> list[Result]:
+        groups = [cases] if mode.together and not site.emulated else [[case] for case in cases]
+        with steps.step(f"{site.device.name}: time", mode.turns * len(cases)) as advance:
+            return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
+
+    artifacts = _artifacts(bundle, backends)
+    return _report(bundle, mode.name, [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices])
+
+
+def evaluate_bundle(
+    bundle: Bundle, devices: Sequence[Device], data: Path, steps: Steps, backends: Sequence[str] | None = None
+) -> Report:
+    """Top-1 and top-5 of every artifact on the images of `data`, on every device; against float, where the bundle has it.
+
+    Raises:
+        UserError: no images, or class folders that are no class of the model; and as `benchmark_bundle`.
+        CheckFailed: as `benchmark_bundle`.
+    """
+    artifacts = _artifacts(bundle, backends)
     images = find_images(data, "evaluation")
     classes = class_indices(images, bundle.info.labels)
-    artifacts = bundle.artifacts
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as folder:
         with steps.step("read images", len(images.files)) as advance:
             pixels = decode_images(images, bundle.info.preprocessing, Path(folder) / "pixels.npy", advance)
-        with steps.step("evaluate", len(artifacts) * len(pixels.kept)) as advance:
-            logits = run_artifacts(artifacts, pixels, bundle.info.preprocessing, advance)
-    labels = classes[pixels.kept]
-    reference = next((logits[i] for i, artifact in enumerate(artifacts) if artifact.precision == "float"), None)
-    entries = []
-    for artifact, answers in zip(artifacts, logits, strict=True):
-        right = int(hits(answers, labels, 1).sum())
-        entry: dict[str, Any] = {
-            "backend": artifact.backend,
-            "precision": artifact.precision,
-            "top1": right / len(labels),
-            "top1_ci95": wilson_interval(right, len(labels)),
-            "top5": float(hits(answers, labels, 5).mean()),
-        }
-        if reference is not None and artifact.precision != "float":
-            accuracy = compare(answers, reference, labels)
-            entry |= {key: getattr(accuracy, key) for key in ("drop_points", "drop_ci95", "agreement", "sqnr_db")}
-        entries.append(entry)
-    return {"model": bundle.info.name, "images": len(labels), "skipped_images": list(pixels.skipped), "artifacts": entries}
+
+        def measure(site: _Site, cases: list[Case]) -> list[Result]:
+            with steps.step(f"{site.device.name}: evaluate", len(cases) * len(pixels.kept)) as advance:
+                return _evaluate(bundle, site, cases, pixels, classes[pixels.kept], advance)
+
+        runs = [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices]
+    return _report(bundle, "evaluate", runs, pixels.skipped)
 
 
-def benchmark_bundle(bundle: Bundle, threads: int | None, rounds: int, steps: Steps) -> dict[str, Any]:
-    """Latency, load time and memory of every artifact, each in a fresh process, rounds interleaved.
+def _report(bundle: Bundle, mode: Any, runs: Sequence[Run], skipped: Sequence[str] = ()) -> Report:
+    return Report(
+        gcvit_edge=__version__, finished=datetime.now(UTC).isoformat(timespec="seconds"), model=bundle.info.name, mode=mode,
+        skipped_images=tuple(skipped), runs=tuple(runs),
+    )  # fmt: skip
 
-    Raises:
-        UserError: no rounds or threads.
-    """
-    if rounds < 1:
-        raise UserError(f"rounds must be at least 1, got {rounds}")
-    threads, artifacts = resolve_threads(threads), bundle.artifacts
-    preprocessing = bundle.info.preprocessing
-    with steps.step("time", rounds * len(artifacts)) as advance:
-        timings = time_artifacts(artifacts, (1, len(preprocessing.mean), *preprocessing.size), threads, rounds, advance)
-    entries = [
-        {"backend": artifact.backend, "precision": artifact.precision, "size_bytes": artifact.size_bytes} | timing_entry(timing)
-        for artifact, timing in zip(artifacts, timings, strict=True)
+
+def _artifacts(bundle: Bundle, backends: Sequence[str] | None) -> list[Artifact]:
+    """The artifacts of these backends; raises UserError if the bundle has none of one of them."""
+    for backend in backends or ():
+        bundle.artifact(backend)
+    return [artifact for artifact in bundle.artifacts if not backends or artifact.backend in backends]
+
+
+def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, list[Case]], list[Result]], *, alone: bool) -> Run:
+    """A device's part of the report; unless it is `alone`, what fails goes into it instead of ending everything."""
+    target = load_target(device.target)
+    emulated = not target.MEASURES_TIME
+    machine, results, failure = None, [], None
+    try:
+        cases = target.cases(artifacts, device.options)
+        if not cases:
+            raise UserError(f"{device.name} runs nothing of {', '.join(a.name for a in artifacts)}; {device.target}: {target.HELP}")
+        with target.connect(device.address, device.options) as connection:
+            machine = connection.machine()
+            results = measure(_Site(device, connection, device.threads or machine.cpus, emulated), cases)
+    except (UserError, CheckFailed) as error:
+        if alone:
+            raise
+        failure = str(error)
+    return Run(device=device.name, target=device.target, emulated=emulated, machine=machine, results=tuple(results), error=failure)
+
+
+def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: Advance) -> list[Result]:
+    """Times the cases together, in turns."""
+    image = bundle.golden_input()[:1]
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(site.connection.open(case, site.threads, pinned=True)) for case in cases]
+        if site.emulated:
+            return [
+                _result(bundle, site, case, session, site.threads).model_copy(update={"counts": session.counts(image)})
+                for case, session in zip(cases, sessions, strict=True)
+            ]
+        timings = time_sessions(sessions, image, site.threads, mode, advance)
+        return [
+            _result(bundle, site, case, session, site.threads).model_copy(update=_timed(timing, mode))
+            for case, session, timing in zip(cases, sessions, timings, strict=True)
+        ]
+
+
+def _timed(timing: Timing, mode: Mode) -> dict[str, Any]:
+    """What a timing adds to a result."""
+    latency = Latency(
+        p50_ms=round(timing.percentile(50), 4),
+        p90_ms=round(timing.percentile(90), 4),
+        p99_ms=round(timing.percentile(99), 4),
+        score_ms=round(timing.percentile(mode.score), 4),
+        throughput_per_s=round(1000 * len(timing.samples) / sum(timing.samples), 3),
+        samples_ms=tuple(round(ms, 4) for ms in timing.samples),
+        spread=round(timing.spread, 4),
+        noisy=timing.noisy,
+        warm_up_runs=timing.warm_up_runs,
+        stable=timing.stable,
+    )
+    energy = {rail: round(joules / len(timing.samples), 6) for rail, joules in timing.joules.items()}
+    return {"first_ms": round(timing.first_ms, 4), "latency": latency, "energy_j": energy or None}
+
+
+def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, labels: Classes, advance: Advance) -> list[Result]:
+    """Runs the cases on all images, as many at the same time as the device takes."""
+    at_once = site.connection.side_by_side
+    threads = site.threads if at_once == 1 else 1
+
+    def answer(case: Case) -> tuple[Result, Logits]:
+        with site.connection.open(case, threads, pinned=False) as session:
+            logits = session.run(pixels, bundle.info.preprocessing, 0, len(pixels.kept), advance)
+            return _result(bundle, site, case, session, threads), logits
+
+    with ThreadPoolExecutor(at_once) as pool:
+        answers = list(pool.map(answer, cases))
+    reference = next((logits for result, logits in answers if result.precision == "float"), None)
+    return [
+        result.model_copy(update={"accuracy": _accuracy(logits, None if result.precision == "float" else reference, labels)})
+        for result, logits in answers
     ]
-    return {"model": bundle.info.name, "artifacts": entries, "machine": {"cpu": cpu_name(), "threads": threads}}
+
+
+def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accuracy:
+    right = int(hits(logits, labels, 1).sum())
+    against = compare(logits, reference, labels) if reference is not None else None
+    return Accuracy(
+        images=len(labels),
+        top1=right / len(labels),
+        top1_ci95=wilson_interval(right, len(labels)),
+        top5=float(hits(logits, labels, 5).mean()),
+        drop_points=against and against.drop_points,
+        drop_ci95=against and against.drop_ci95,
+        agreement=against and against.agreement,
+        sqnr_db=against and finite_db(against.sqnr_db),
+    )
+
+
+def _result(bundle: Bundle, site: _Site, case: Case, session: Session, threads: int) -> Result:
+    """What every result has: the artifact, its parity, and what loading it took."""
+    artifact = case.artifact
+    golden = session.infer(bundle.golden_input(), lambda: None)
+    return Result(
+        backend=artifact.backend,
+        precision=artifact.precision,
+        execution=case.execution,
+        runtime=session.runtime,
+        runtime_version=session.runtime_version,
+        threads=threads,
+        files={file.name: file.stat().st_size for file in artifact.files},
+        load_ms=None if site.emulated else round(session.load_ms, 2),
+        peak_rss_mb=None if site.emulated else round(session.peak_rss_mb(), 1),
+        runtime_rss_mb=None if site.emulated else round(session.runtime_rss_mb, 1),
+        parity=case.check(golden, bundle),
+    )

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
+from gcvit_edge.lower import integer_operators, lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
-from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.model.form import Form
 from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Advance, Steps
@@ -26,6 +27,7 @@ from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifa
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
+    from gcvit_edge.quantize.ranges import Ranges
 
 GOLDEN_IMAGES = 2
 TIMED_ROUNDS = 20
@@ -84,7 +86,8 @@ def run_job(job: Job, steps: Steps) -> Bundle:
         work = Path(scratch)
         calibration = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
-        made = [_make(job, name, calibration, stage if job.keep_float else work, stage, steps) for name in job.backends]
+        ranges = _calibrate(job, calibration, steps)
+        made = [_make(job, name, ranges, stage if job.keep_float else work, stage, steps) for name in job.backends]
         report = _measure(job, made, pixels, stage, steps)
         report["skipped_images"] = [*calibration.skipped, *pixels.skipped]
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
@@ -100,17 +103,21 @@ def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name:
         return decode_images(images, preprocessing, file, advance)
 
 
-def _make(job: Job, name: str, calibration: Pixels, float_folder: Path, stage: Path, steps: Steps) -> Made:
+def _calibrate(job: Job, images: Pixels, steps: Steps) -> "Ranges":
+    """Ranges of activations, observed once for all backends."""
+    from gcvit_edge.model.deploy import deploy
+    from gcvit_edge.quantize.ranges import observe
+
+    with steps.step("calibrate", len(images.kept)) as advance:
+        return observe(deploy(job.model, Form()), _announced(images, job.info.preprocessing, advance))
+
+
+def _make(job: Job, name: str, ranges: "Ranges", float_folder: Path, stage: Path, steps: Steps) -> Made:
     """Float and INT8 artifact of one backend."""
-    backend = load_backend(name)
     with steps.step(f"{name}: export float"):
-        graph = backend.capture(job.model, job.info)
-        float_artifact = save_artifact(name, graph, "float", float_folder, job.info)
-    with steps.step(f"{name}: calibrate and quantize", len(calibration.kept)) as advance:
-        quantized = backend.quantize(graph, job.recipe, _announced(calibration, job.info.preprocessing, advance))
+        float_artifact = lower_float(name, job.model, job.info, float_folder)
     with steps.step(f"{name}: export {job.recipe.precision}"):
-        int8_artifact = save_artifact(name, quantized, job.recipe.precision, stage, job.info)
-    del graph, quantized
+        int8_artifact = lower_quantized(name, job.model, job.info, job.recipe, ranges, stage)
     gc.collect()
     return Made(float_artifact, int8_artifact)
 
@@ -119,14 +126,6 @@ def _announced(calibration: Pixels, preprocessing: Preprocessing, advance: Advan
     for image in inputs(calibration, preprocessing):
         yield image
         advance()
-
-
-def save_artifact(name: str, graph: Any, precision: Literal["float", "int8"], folder: Path, info: ModelInfo) -> Artifact:
-    """Writes a backend's graph below `folder`, where the bundle has its artifacts of that precision."""
-    backend = load_backend(name)
-    path = folder / backend.ARTIFACT.format(precision=precision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Artifact(name, precision, path, tuple(backend.save(graph, path, info)))
 
 
 def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> dict[str, Any]:
@@ -176,12 +175,11 @@ def _entry(
 ) -> dict[str, Any]:
     accuracy = compare(logits, reference, classes)
     limits = job.recipe.limits
-    backend = load_backend(each.int8.backend)
     return {
         "backend": each.int8.backend,
         "precision": each.int8.precision,
         "file": each.int8.path.relative_to(stage).as_posix(),
-        "integer_operators": [operator for operator in job.recipe.operators if operator in backend.INTEGER_OPERATORS],
+        "integer_operators": sorted(integer_operators(job.recipe, load_backend(each.int8.backend))),
         "size_bytes": each.int8.size_bytes,
         "float_size_bytes": each.float.size_bytes,
         **{key: _rounded(value) for key, value in asdict(accuracy).items() if key != "worst_class"},

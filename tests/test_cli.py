@@ -20,7 +20,9 @@ from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny, make_tiny
 from gcvit_edge.cli import main
 from gcvit_edge.recipe import recipe_text
 
-VERBS = ("benchmark", "convert", "doctor", "evaluate", "export", "predict", "quantize", "recipes", "train", "verify")
+VERBS = (
+    "benchmark", "build-runner", "convert", "doctor", "evaluate", "export", "predict", "profile", "quantize", "recipes", "train", "verify",
+)  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
 HEAVY = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "scipy", "pandas", "PIL", "numpy")
 
@@ -227,7 +229,7 @@ def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     assert report == json.loads((bundle / "report.json").read_text())
     assert report["images"] == EVALUATION_IMAGES
     assert report["artifacts"][0]["threads"] == 1
-    assert "done onnx: calibrate and quantize" in done.stderr
+    assert "done calibrate" in done.stderr
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     assert {path.name for path in bundle.iterdir()} >= {"model.float.onnx", "model.int8.onnx"}
 
@@ -450,24 +452,28 @@ def test_predict_shows_any_label_as_it_is(command: Command, bundle: Path, tiny: 
 def test_evaluate(command: Command, bundle: Path, tiny: Tiny) -> None:
     outcome = command("evaluate", bundle, "--data", tiny.evaluation, "--json")
     assert outcome.code == 0
-    assert outcome.json["images"] == EVALUATION_IMAGES
-    entries = {entry["precision"]: entry for entry in outcome.json["artifacts"]}
+    (run,) = outcome.json["runs"]
+    assert (run["device"], run["target"]) == ("local", "local")
+    entries = {result["precision"]: result["accuracy"] for result in run["results"]}
     report = json.loads((bundle / "report.json").read_text())
+    assert entries["float"]["images"] == EVALUATION_IMAGES
     assert entries["float"]["top1"] == pytest.approx(report["float"]["top1"])
     assert entries["int8"]["top1"] == pytest.approx(report["artifacts"][0]["top1"])
     assert entries["int8"]["agreement"] == pytest.approx(report["artifacts"][0]["agreement"])
     assert entries["int8"]["sqnr_db"] == pytest.approx(report["artifacts"][0]["sqnr_db"], abs=0.01)
     low, high = entries["int8"]["top1_ci95"]
     assert low < entries["int8"]["top1"] <= high + 1e-9
-    assert "drop_points" not in entries["float"]
-    assert "40 images" in command("evaluate", bundle, "--data", tiny.evaluation).out
+    assert entries["float"]["drop_points"] is None
+    assert all(result["parity"]["passed"] for result in run["results"])
+    shown = command("evaluate", bundle, "--data", tiny.evaluation, "--backend", "onnx").out
+    assert "40 images" in shown
 
 
 def test_evaluate_skips_and_names_an_unreadable_image(command: Command, bundle: Path, tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.evaluation, tmp_path / "val")
     (tmp_path / "val" / "red" / "0.png").write_bytes(b"broken")
     outcome = command("evaluate", bundle, "--data", "val", "--json")
-    assert outcome.json["images"] == EVALUATION_IMAGES - 1
+    assert outcome.json["runs"][0]["results"][0]["accuracy"]["images"] == EVALUATION_IMAGES - 1
     assert outcome.json["skipped_images"] == ["red/0.png"]
 
 
@@ -478,22 +484,54 @@ def test_evaluate_refuses(command: Command, bundle: Path, tmp_path: Path) -> Non
     assert "no class of the model: purple" in command.refuses("evaluate", bundle, "--data", "val")
 
 
-def test_benchmark(command: Command, bundle: Path) -> None:
-    outcome = command("benchmark", bundle, "--rounds", 2, "--threads", 1, "--json")
-    assert outcome.code == 0
-    assert outcome.json["machine"]["threads"] == 1
-    entries = outcome.json["artifacts"]
-    assert {(entry["backend"], entry["precision"]) for entry in entries} == {("onnx", "float"), ("onnx", "int8")}
-    for entry in entries:
-        assert entry["timed_runs"] == 10
-        assert 0 < entry["latency_ms"]["p50"] <= entry["latency_ms"]["p90"] <= entry["latency_ms"]["p99"]
-        assert entry["size_bytes"] == (bundle / f"model.{entry['precision']}.onnx").stat().st_size
-        assert entry["peak_rss_mb"] >= entry["runtime_rss_mb"] > 10
+def test_benchmark_of_two_devices_side_by_side(command: Command, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "devices.yaml").write_text("one: {target: local, threads: 1}\n")
+    outcome = command("benchmark", bundle, "--target", "one", "--target", "local", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [run["device"] for run in outcome.json["runs"]] == ["one", "local"]
+    one, local = outcome.json["runs"]
+    assert {result["threads"] for result in one["results"]} == {1}
+    assert {result["threads"] for result in local["results"]} == {local["machine"]["cpus"]}
+    for result in [*one["results"], *local["results"]]:
+        latency = result["latency"]
+        assert len(latency["samples_ms"]) == 150
+        assert 0 < latency["p50_ms"] <= latency["p90_ms"] <= latency["p99_ms"]
+        assert sum(result["files"].values()) == (bundle / f"model.{result['precision']}.onnx").stat().st_size
+        assert result["peak_rss_mb"] >= result["runtime_rss_mb"] > 10
+        assert result["parity"]["sqnr_db"] > 80
+    shown = command("benchmark", bundle, "--threads", 1).out
+    assert "p90" in shown
+    assert "; 1 thread" in shown
 
 
-@pytest.mark.parametrize("option", ["--rounds", "--threads"])
-def test_benchmark_refuses(option: str, command: Command, bundle: Path) -> None:
-    assert f"{option[2:]} must be at least 1, got 0" in command.refuses("benchmark", bundle, option, 0)
+def test_a_fast_wrong_answer_is_exit_5(command: Command, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    golden = copy / "golden" / "onnx.int8.npy"
+    np.save(golden, np.roll(np.load(golden), 1, axis=1))
+    outcome = command("benchmark", copy, "--threads", 1, "--json")
+    assert outcome.code == 5
+    assert "error: logits other than the golden ones: local: onnx.int8 (cpu)" in outcome.err
+    results = {result["precision"]: result for result in outcome.json["runs"][0]["results"]}  # still measured, and told apart
+    assert results["float"]["parity"]["passed"]
+    assert not results["int8"]["parity"]["passed"]
+    assert results["int8"]["latency"]["p50_ms"] > 0
+
+
+def test_benchmark_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["benchmark", "--schema"])
+    assert ended.value.code == 0
+    assert set(json.loads(capsys.readouterr().out)["required"]) == {"gcvit_edge", "finished", "model", "mode", "runs"}
+
+
+@pytest.mark.parametrize("verb", [["benchmark"], ["evaluate", "--data", "."]])
+def test_devices_are_refused_before_anything_starts(verb: list[str], command: Command, bundle: Path, tmp_path: Path) -> None:
+    argv = [*verb, bundle]
+    assert "threads must be at least 1, got 0" in command.refuses(*argv, "--threads", 0)
+    assert "unknown device or target 'lokal'; did you mean 'local'?" in command.refuses(*argv, "--target", "lokal")
+    assert "local takes no address; write local" in command.refuses(*argv, "--target", "local:here")
+    assert "unknown backend of this bundle 'onxx'; did you mean 'onnx'?" in command.refuses(*argv, "--backend", "onxx")
+    assert "cannot read devices file none.yaml" in command.refuses(*argv, "--devices", "none.yaml")
 
 
 # convert, export
@@ -568,3 +606,4 @@ def test_doctor_quick(command: Command) -> None:
     assert set(outcome.json["backends"]) == {"executorch", "onnx", "openvino"}
     assert set(outcome.json["backends"].values()) == {"not tried"}
     assert outcome.json["cpus"] >= 1
+    assert outcome.json["targets"]["local"] == "available"

@@ -13,10 +13,8 @@ import gcvit_edge
 PACKAGE = Path(gcvit_edge.__file__).parent
 BACKENDS = sorted(path.stem for path in (PACKAGE / "backends").glob("*.py") if not path.stem.startswith("_"))
 RUNTIMES = {"torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch"}
-LIGHT = [
-    "data", "evaluate", "recipe", "bundle", "errors", "registry", "artifact", "machine", "measure", "targets/local", "model/info", "schema",
-    "training/settings",
-]  # fmt: skip
+LIGHT = ["data", "evaluate", "recipe", "bundle", "errors", "registry", "artifact", "machine", "measure", "timing", "parity", "result",
+         "devices", "model/info", "schema", "training/settings"]  # fmt: skip
 
 
 def imported(nodes: list[ast.stmt]) -> Iterator[str]:
@@ -37,7 +35,8 @@ def everywhere(path: Path) -> set[str]:
 
 def at_import(path: Path) -> set[str]:
     """Modules that importing a file imports: all but those inside functions and `if TYPE_CHECKING`."""
-    pending, found = list(ast.parse(path.read_text(encoding="utf-8")).body), set()
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    found = set()
     while pending:
         node = pending.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -45,8 +44,9 @@ def at_import(path: Path) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             pending += node.orelse
             continue
-        found |= set(imported([node]))
-        pending += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+        if isinstance(node, ast.stmt):
+            found |= set(imported([node]))
+        pending += ast.iter_child_nodes(node)
     return found
 
 
@@ -82,6 +82,12 @@ def test_backends_import_nothing_heavy(name: str) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_modules_without_torch(name: str) -> None:
     assert not {module.split(".")[0] for module in at_import(PACKAGE / f"{name}.py")} & RUNTIMES
+
+
+def test_targets_load_nothing_heavy() -> None:
+    script = "import sys\nfrom gcvit_edge.targets import load_target, target_names\nfor name in target_names(): load_target(name)\n"
+    heavy = f"print([name for name in {sorted(RUNTIMES | {'numpy', 'PIL', 'pydantic', 'yaml'})!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script + heavy], capture_output=True, text=True, check=True, timeout=60).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda path: path.stem)

@@ -1,12 +1,12 @@
 """Backends: one module a runtime; the file name is the registry.
 
-A backend is a module with the members of `Backend`. It turns a trained network into its runtime's graph, quantizes that
-graph with its runtime's own quantizer, writes it to files, and loads such files to run them. Backends import neither each
-other nor the command line, and everything heavy inside functions that need it, so that loading an artifact does not import
-the exporter.
+A backend is a module with the members of `Backend`. It says how its runtime wants the deploy form written and how it computes in
+integers, exports such a network to its files, and loads files to run them. Quantization itself is the same for all and happens
+before, see `gcvit_edge.quantize`. Backends import neither each other nor the command line, and everything heavy inside functions
+that need it, so that loading an artifact does not import the exporter.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gcvit_edge.backends as _package
-from gcvit_edge.recipe import Operator, Recipe
+from gcvit_edge.model.form import Form
+from gcvit_edge.profile import Operator as TimedOperator
+from gcvit_edge.quantize.arithmetic import Arithmetic
+from gcvit_edge.recipe import Operator
 from gcvit_edge.registry import load_module, module_names
 
 if TYPE_CHECKING:
-    from gcvit_edge.model.gcvit import GCViT
+    from torch import Tensor, nn
+
     from gcvit_edge.model.info import ModelInfo
 
 Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -31,6 +35,9 @@ class Backend(Protocol):
     INTEGER_OPERATORS: frozenset[Operator]
     """What this runtime can compute in integers; operators that a recipe wants beyond these stay in float."""
 
+    ARITHMETIC: Arithmetic
+    """How this runtime computes them."""
+
     ARTIFACT: str
     """Path of the main file in a bundle, with `{precision}`."""
 
@@ -40,12 +47,12 @@ class Backend(Protocol):
     PACKAGES: tuple[str, ...]
     """Distributions whose versions decide what the artifact is."""
 
-    def capture(self, model: "GCViT", info: "ModelInfo") -> Any:
-        """The float graph of the backend's deploy form, batch 1."""
+    def form(self, operators: frozenset[Operator]) -> Form:
+        """How this runtime wants the deploy form written if these operators are in integers."""
         ...
 
-    def quantize(self, graph: Any, recipe: Recipe, images: Iterable[NDArray[np.float32]]) -> Any:
-        """A quantized copy of a captured graph; `images` are calibration inputs (1, C, H, W). `graph` is not changed."""
+    def capture(self, deployed: "nn.Module", example: "Tensor") -> Any:
+        """The runtime's graph of a deploy form, quantized or not; `example` is an input, whose shape (1, C, H, W) becomes fixed."""
         ...
 
     def save(self, graph: Any, path: Path, info: "ModelInfo") -> list[Path]:
@@ -54,6 +61,10 @@ class Backend(Protocol):
 
     def load(self, path: Path, threads: int) -> Runner:
         """A runner of a saved artifact on `threads` CPU threads."""
+        ...
+
+    def profile(self, path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[TimedOperator], int | None]:
+        """The operators of a saved artifact as the runtime runs and times them, and its delegate calls if it has delegates."""
         ...
 
     def requirements(self, path: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""OpenVINO: IR (.xml and .bin), quantized by NNCF.
+"""OpenVINO: IR (.xml and .bin), with FakeQuantize where its plugins compute in INT8.
 
-Sources: NNCF 3.4 post-training quantization guide; OpenVINO 2026 model API conventions for `model_info`.
+Sources: OpenVINO 2026, "Low Precision Transformations" and "PyTorch frontend extensions"; Model API conventions for `model_info`.
 """
 
-import logging
-from collections.abc import Iterable
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,106 +11,68 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcvit_edge.recipe import Operator, Recipe
+from gcvit_edge.model.form import Form
+from gcvit_edge.profile import Kind, Operator
+from gcvit_edge.quantize.arithmetic import Arithmetic
+from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
-    from openvino import Model, Node
+    from openvino import CompiledModel, Model, Output
+    from openvino.frontend import NodeContext
+    from torch import Tensor, nn
 
     from gcvit_edge.backends import Runner
-    from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.model.info import ModelInfo
 
-# NNCF puts no quantizer on the residual additions of a transformer, ask as one may
-INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention"})
+INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
+ARITHMETIC = Arithmetic(activations="uint8")
 ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
-PACKAGES = ("openvino", "nncf", "torch")
+PACKAGES = ("openvino", "torch")
 
-_CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+def form(operators: frozenset[RecipeOperator]) -> Form:
+    """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
+    return Form(norm="operator", attention="windows")
 
 
-def capture(model: "GCViT", info: "ModelInfo") -> "Model":
-    """Converts the deploy form. Norms are written out: in INT8 graphs that is faster than OpenVINO's MVN operator."""
+def capture(deployed: "nn.Module", example: "Tensor") -> "Model":
+    """Converts with OpenVINO's PyTorch frontend; rounding to integers becomes FakeQuantize, which OpenVINO turns into INT8 kernels."""
     import openvino
     import torch
+    from openvino.frontend.pytorch import ConversionExtension
 
-    from gcvit_edge.model.deploy import Form, deploy
-
-    example = torch.zeros(1, model.config.in_chans, *model.config.img_size)
-    graph = openvino.convert_model(torch.export.export(deploy(model, Form(norm="rms")), (example,)))
+    translations = {
+        "quantize_per_tensor": _fake_quantize, "dequantize_per_tensor": _dequantize, "dequantize_per_channel": _dequantize
+    }  # fmt: skip
+    graph = openvino.convert_model(
+        torch.export.export(deployed, (example,)),
+        input=list(example.shape),  # else the shape is dynamic, and layouts are converted for nothing
+        extension=[ConversionExtension(f"quantized_decomposed.{name}.default", each) for name, each in translations.items()],
+    )
     graph.inputs[0].set_names({"image"})
     graph.outputs[0].set_names({"logits"})
     return graph
 
 
-def quantize(graph: "Model", recipe: Recipe, images: Iterable[NDArray[np.float32]]) -> "Model":
-    """NNCF post-training quantization of the recipe's operators; position biases are stored as INT8."""
-    import nncf
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-
-    nncf.set_log_level(logging.ERROR)
-    samples = list(images)
-    advanced = nncf.AdvancedQuantizationParameters(
-        # smoothing can hurt window attention (NNCF's own figures for Swin-B: -1.7 points)
-        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
-        # the default clips to the mean of the images' extremes: 27 dB instead of 34 on photographs
-        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-        # made no difference in our favour: 33.6 dB with it, 34.2 without
-        disable_bias_correction=True,
-    )
-    quantized = nncf.quantize(
-        graph,
-        nncf.Dataset(samples),
-        subset_size=len(samples),
-        model_type=nncf.ModelType.TRANSFORMER,
-        preset=nncf.QuantizationPreset.MIXED,
-        ignored_scope=nncf.IgnoredScope(names=[op.get_friendly_name() for op in graph.get_ops() if _stays_float(op, recipe)]),
-        advanced_parameters=advanced,
-    )
-    _store_position_bias_as_int8(quantized)
-    return quantized
-
-
-def _stays_float(op: "Node", recipe: Recipe) -> bool:
-    """Whether NNCF must leave an operator alone, by what the recipe wants in integers."""
-    kind = op.get_type_name()
-    if kind in _CONVOLUTIONS:
-        reads_image = op.input_value(0).get_node().get_type_name() == "Parameter"
-        return "conv" not in recipe.operators or reads_image or _is_average(op)
-    if kind == "MatMul":
-        return ("linear" not in recipe.operators or _is_average(op)) if _weight(op) is not None else "attention" not in recipe.operators
-    return kind not in {"Constant", "Parameter", "Result"}
-
-
-def _is_average(op: "Node") -> bool:
-    """The averages of written-out norms: one output channel gains nothing, and its error would scale the whole stream."""
-    weight = _weight(op)
-    return weight is not None and weight.shape[0] == 1
-
-
-def _weight(op: "Node") -> NDArray[Any] | None:
-    return _constant(op.input_value(1).get_node())
-
-
-def _constant(node: "Node") -> NDArray[Any] | None:
-    return node.get_data() if node.get_type_name() == "Constant" else None  # type: ignore[attr-defined]
-
-
-def _store_position_bias_as_int8(graph: "Model") -> None:
-    """Replaces each float position bias by INT8 values times a scale, which OpenVINO folds back when it compiles.
-
-    They are 14 % of the float file of XXT, so in float they would be a third of the INT8 one. Their rounding leaves 84 dB.
-    """
+def _fake_quantize(context: "NodeContext") -> "list[Output]":
+    """(x, scale, zero point, lowest, highest, dtype), rounded and back in one operator."""
     from openvino import opset15 as ops
 
-    for op in graph.get_ops():
-        data = _constant(op)
-        if data is None or data.dtype != np.float32 or data.ndim != 4 or data.shape[2] != data.shape[3] or data.shape[2] < 49:
-            continue
-        scale = np.float32(np.abs(data).max() / 127)
-        values = ops.constant(np.round(data / scale).astype(np.int8))
-        restored = ops.multiply(ops.convert(values, "f32"), ops.constant(scale))
-        op.output(0).replace(restored.output(0))
+    scale, zero_point, lowest, highest = (context.get_values_from_const_input(index) for index in range(1, 5))
+    low, high = (ops.constant(np.float32((end - zero_point) * scale)) for end in (lowest, highest))
+    return ops.fake_quantize(context.get_input(0), low, high, low, high, highest - lowest + 1).outputs()
+
+
+def _dequantize(context: "NodeContext") -> "list[Output]":
+    """Weights and constants to float, by a scale a tensor or a channel; activations are float already, see above."""
+    from openvino import opset15 as ops
+
+    x = context.get_input(0)
+    if not x.get_element_type().is_integral():
+        return [x]
+    scale = np.asarray(context.get_values_from_const_input(1), np.float32)
+    shape = [-1] + [1] * (len(x.get_partial_shape()) - 1) if scale.size > 1 else []
+    return ops.multiply(ops.convert(x, "f32"), ops.constant(scale.reshape(shape))).outputs()
 
 
 def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
@@ -140,15 +101,19 @@ def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
 
 def load(path: Path, threads: int) -> "Runner":
     """Compiles the IR for the CPU, for latency, in float32 where it is not integer."""
-    import openvino
-
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    request = _compile(path, threads, {}).create_infer_request()
 
     def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
         return request.infer([image])[0].copy()
 
     return run
+
+
+def _compile(path: Path, threads: int, more: dict[str, Any]) -> "CompiledModel":
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(path, "CPU", options | more)
 
 
 def requirements(path: Path) -> dict[str, Any]:
@@ -157,3 +122,43 @@ def requirements(path: Path) -> dict[str, Any]:
 
     operators = sorted({op.get_type_name() for op in openvino.Core().read_model(path).get_ops()})
     return {"runtime": "openvino", "minimum_version": version("openvino"), "delegates": [], "operators": operators}
+
+
+_KINDS: dict[str, Kind] = {
+    "FullyConnected": "matrix", "FullyConnectedQuantizedLegacy": "matrix", "Convolution": "matrix", "GroupConvolution": "matrix",
+    "MatMul": "matrix", "FakeQuantize": "quantization", "Convert": "quantization", "Transpose": "layout", "Reorder": "layout",
+    "Reshape": "layout", "Broadcast": "layout",
+}  # fmt: skip
+
+
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+    """From OpenVINO's performance counters; attention is a fused "Subgraph". Source: OpenVINO documentation, "Performance counters"."""
+    from openvino import ProfilingInfo
+
+    request = _compile(path, threads, {"PERF_COUNT": True}).create_infer_request()
+    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for _ in range(runs):
+        request.infer([image])
+        for node in request.profiling_info:
+            if node.status != ProfilingInfo.Status.EXECUTED:
+                continue
+            times[node.node_name, node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1000)
+    return [
+        Operator(
+            name, _label(name, kind, execution), _kind(name, kind), float(np.median(values)), execution.lower().endswith(("_i8", "_u8"))
+        )
+        for (name, kind, execution), values in times.items()
+    ], None  # fmt: skip
+
+
+def _label(name: str, kind: str, execution: str) -> str:
+    fused = {"matrix": "attention", "quantization": "rounding", "other": "elementwise"}.get(_kind(name, kind), "")
+    return f"{kind}{f' of {fused}' if kind == 'Subgraph' else ''}, {execution.rsplit('_', 1)[-1].lower()}"
+
+
+def _kind(name: str, kind: str) -> Kind:
+    if kind == "Subgraph":  # what the CPU plugin has fused goes by the name of its last operator
+        if "FakeQuantize" in name or "fq_" in name:
+            return "quantization"
+        return "matrix" if name.rsplit("/", 1)[-1] == "Transpose" else "other"
+    return _KINDS.get(kind, "other")

@@ -1,8 +1,8 @@
 """The command line: one module a verb; the file name is the verb.
 
-A verb module has `HELP`, `add_arguments(parser)` and `run(arguments, errors) -> Result`; it imports what is heavy inside `run`. It
-gives None where another process of the same run shows the result. Here the verbs are put together, errors become exit codes, and
-output is kept apart: standard output has the result alone.
+A verb module (`build_runner.py` is `build-runner`) has `HELP`, `add_arguments(parser)` and `run(arguments, errors) -> Result`; it
+imports what is heavy inside `run`. It gives None where another process of the same run shows the result. Here the verbs are put
+together, errors become exit codes, and output is kept apart: standard output has the result alone.
 """
 
 import argparse
@@ -27,7 +27,8 @@ exit codes:
   1  internal error
   2  bad input: the message says what was got, what was expected and what to do; nothing was written
   3  made and checked, but an accuracy limit of the recipe is broken
-  4  a check failed: a changed bundle, a wrong answer, a broken baseline
+  4  a check failed: a changed bundle, a broken baseline, a device that fails
+  5  an artifact gives other logits than its golden ones
   130  interrupted; nothing was written (train: the run so far, for --resume)
 """
 
@@ -38,7 +39,7 @@ class Result:
 
     data: Any
     shown: Sequence[RenderableType]
-    error: LimitBroken | None = None
+    error: LimitBroken | CheckFailed | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in module_names(_package):
         module = load_module(_package, "verb", name)
         verb = verbs.add_parser(
-            name, help=module.HELP.splitlines()[0], description=module.HELP, epilog=EXIT_CODES,
+            name.replace("_", "-"), help=module.HELP.splitlines()[0], description=module.HELP, epilog=EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         module.add_arguments(verb)

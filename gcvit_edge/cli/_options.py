@@ -1,8 +1,15 @@
 """Options that several verbs share."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from gcvit_edge.devices import Device
+    from gcvit_edge.errors import CheckFailed
+    from gcvit_edge.result import Report
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +52,62 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: all CPUs)")
 
 
-def skipped_lines(names: list[str]) -> list[str]:
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Where to measure: --target, --devices, --threads, --backend, and a flag for every option of a target."""
+    from gcvit_edge.targets import target_names
+
+    parser.add_argument(
+        "--target", action="append", metavar="T",
+        help=f"{', '.join(target_names())} (some take :ADDRESS), or a name from the devices file; may be given again (default: local)",
+    )  # fmt: skip
+    parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if there is one)")
+    parser.add_argument("--backend", nargs="+", metavar="B", help="only the artifacts of these backends (default: all)")
+    add_threads(parser)
+    for name, options in _target_options().items():
+        takers, (field, kind) = ", ".join(options), next(iter(options.values()))
+        flag, text = f"--{name.replace('_', '-')}", f"{field.metadata['help']} (target {takers})"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=name.split("_")[-1].upper(), help=text)
+
+
+def devices(arguments: argparse.Namespace) -> "list[Device]":
+    """The devices that `add_devices` asks for, checked."""
+    from gcvit_edge.devices import find_devices
+
+    usual = Path("devices.yaml")
+    file = arguments.devices or (usual if usual.is_file() else None)
+    options = {name: getattr(arguments, name) for name in _target_options() if getattr(arguments, name) is not None}
+    return find_devices(arguments.target or ["local"], file, arguments.threads, options)
+
+
+def _target_options() -> "dict[str, dict[str, tuple[Field[Any], type]]]":
+    """By option, and by target that has it: its field and type."""
+    from gcvit_edge.targets import load_target, target_names
+
+    found: dict[str, dict[str, tuple[Field[Any], type]]] = {}
+    for target in target_names():
+        options = load_target(target).Options
+        kinds = get_type_hints(options)
+        for field in fields(options):
+            kind = next(kind for kind in (get_args(kinds[field.name]) or (kinds[field.name],)) if kind is not type(None))
+            found.setdefault(field.name, {})[target] = field, kind
+    return found
+
+
+def skipped_lines(names: Sequence[str]) -> list[str]:
     """What to say of images that did not decode; nothing if there were none."""
     if not names:
         return []
     return [f"skipped {len(names)} images that do not decode: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"]
+
+
+def report_error(report: "Report") -> "CheckFailed | None":
+    """What a report of devices makes the command end with: wrong answers first, then devices that failed."""
+    from gcvit_edge.errors import CheckFailed, WrongAnswer
+
+    if report.wrong:
+        return WrongAnswer(f"logits other than the golden ones: {', '.join(report.wrong)}; the runtime there computes the artifact wrongly")
+    failed = [f"{run.device}: {run.error}" for run in report.runs if run.error]
+    return CheckFailed("\n".join(failed)) if failed else None

@@ -34,7 +34,10 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     backends = Table("backend", "state", title="Backends", title_justify="left")
     for name, state in data["backends"].items():
         backends.add_row(name, f"[green]{state}[/]" if state.startswith("works") else state)
+    targets = Table("target", "state", title="Targets", title_justify="left")
+    for name, state in data["targets"].items():
+        targets.add_row(name, f"[green]{state}[/]" if state == "available" else state)
     features = Table("feature", "for", "here", title=f"{data['cpu']}, {data['cpus']} CPUs", title_justify="left")
     for feature in data["int8_features"]:
         features.add_row(feature["flag"], feature["meaning"], "[green]yes[/]" if feature["present"] else "[yellow]no[/]")
-    return Result(data, [packages, backends, features, data["verdict"]])
+    return Result(data, [packages, backends, targets, features, data["verdict"]])

@@ -1,7 +1,6 @@
 """`gcvit-edge verify`."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     bundle = open_bundle(arguments.bundle)
     replays = bundle.verify()
     lines = [f"{len(bundle.manifest.files)} files have the hashes that bundle.json lists"]
-    lines += [
-        f"{replay.artifact}: golden output reproduced "
-        + ("exactly" if replay.sqnr_db == float("inf") else f"to {replay.sqnr_db:.1f} dB (at least {replay.minimum_db:.0f})")
-        for replay in replays
-    ]
-    data = {"files": len(bundle.manifest.files), "replays": [asdict(r) | {"sqnr_db": min(r.sqnr_db, 999.0)} for r in replays]}
-    return Result(data, lines)
+    lines += [f"{name}: golden output reproduced {parity.describe()}" for name, parity in replays.items()]
+    replayed = [{"artifact": name, **parity.model_dump()} for name, parity in replays.items()]
+    return Result({"files": len(bundle.manifest.files), "replays": replayed}, lines)

@@ -2,41 +2,29 @@
 
 Exact rewrites (same logits up to float rounding), each for a reason:
 
+- Everything but the convolutions of more than one pixel works on tokens, a matrix (rows, C): such a matrix has one layout, so no
+  runtime reorders it, and 1x1 convolutions are linears.
 - GC ViT never shifts its windows, so a stage partitions once on entry and reverses once on exit, each as one rank-4
-  transpose; a stage of one window does neither. Between them tokens are a matrix (B * windows * N, C).
+  transpose; a stage of one window does neither.
 - Every tensor has rank <= 4: QNN, Vulkan, Core ML and LiteRT GPU refuse or slow down higher ranks.
+- The layers that write what a LayerNorm reads are centred over channels, so every LayerNorm becomes an RMS norm: half the work.
 - q, k and v are three linears; the attention scale is folded into q (local) or k (global); the affine of LayerNorm into
   the linears behind it; layer scale into proj and fc2; the relative position bias is a constant.
-- The global query is multiplied with the keys of all windows of its image in one product: never tiled, never mixed up
-  between images.
-- Form "rms" is for runtimes without a good LayerNorm: the layers that write the residual stream are centred over channels,
-  so every LayerNorm of the stream becomes an RMS norm, and means become products with a constant row of 1 / C.
+- The global query is never mixed up between images; written as products, it is multiplied with the keys of all windows of its
+  image in one product, never tiled.
 
 The batch size is fixed when the form is exported; in PyTorch any batch runs.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model import gcvit
+from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import NORM_EPS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """How a backend wants the deploy form written.
-
-    norm: "layer_norm" keeps the operator; "rms" writes every norm with products, elementwise operators and rsqrt.
-    product_rank: rank of the operands of the attention products, 3 (one batch axis) or 4 (windows and heads apart).
-    """
-
-    norm: Literal["layer_norm", "rms"] = "layer_norm"
-    product_rank: Literal[3, 4] = 4
 
 
 def deploy(model: gcvit.GCViT, form: Form) -> nn.Module:
@@ -51,13 +39,42 @@ def deploy(model: gcvit.GCViT, form: Form) -> nn.Module:
         return _Network(copy.deepcopy(model), form).eval()  # parts of the copy live on in it
 
 
+class Constant(nn.Module):
+    """A constant of the network; quantization may store it in fewer bits."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.clone(memory_format=torch.contiguous_format))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class Point(nn.Identity):
+    """A place between operators where quantization may round activations to integers."""
+
+
+class Residual(nn.Module):
+    """Addition to the residual stream; `stream`, `branch` and `sum` are what an integer addition would round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream, self.branch, self.sum = Point(), Point(), Point()
+
+    def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
+        return self.sum(self.stream(stream) + self.branch(branch))
+
+
 # Weights: (out, in) and bias (out,) of linears, folded
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
     linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
+    if bias is not None:
+        linear.bias.copy_(bias)
     return linear
 
 
@@ -66,71 +83,91 @@ def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]
     return linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias
 
 
-def _fold_residual(linear: nn.Linear, layer_scale: nn.Module, form: Form) -> nn.Linear:
-    """A linear that writes the residual stream: layer scale folded in, centred over its outputs for form "rms"."""
+def _fold_residual(linear: nn.Linear, layer_scale: nn.Module) -> nn.Linear:
+    """A linear that writes the residual stream: layer scale folded in, centred over its outputs."""
     weight, bias = linear.weight, linear.bias
     if isinstance(layer_scale, gcvit.LayerScale):
         weight, bias = weight * layer_scale.gamma[:, None], bias * layer_scale.gamma
-    if form.norm == "rms":
-        weight, bias = weight - weight.mean(0), bias - bias.mean()
-    return _linear(weight, bias)
+    return _linear(weight - weight.mean(0), bias - bias.mean())
 
 
-# Norms over the last axis
+def _centred(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution whose output has mean 0 over channels; `conv` itself is changed."""
+    conv.weight -= conv.weight.mean(0)
+    if conv.bias is not None:
+        conv.bias -= conv.bias.mean()
+    return conv
 
 
-class _StreamNorm(nn.Module):
-    """Norm of the residual stream, without affine: LayerNorm, or RMS norm of an already centred stream."""
+# Between tokens (B * H * W, C), row by row, and feature maps (B, C, H, W)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x.reshape(-1, *size, x.shape[1]).permute(0, 3, 1, 2)
+
+
+# Norms of tokens that are centred over channels: there LayerNorm is RMS norm
+
+
+class _RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), without affine."""
+
+    ones: Tensor
+    average: Tensor
+    eps: Tensor
+
+    def __init__(self, dim: int, form: Form) -> None:
+        super().__init__()
+        self.dim, self.form = dim, form
+        if form.norm == "operator":  # which has a weight in ONNX; if none is given, the exporter makes one of the size of x
+            self.register_buffer("ones", torch.ones(dim))
+        else:
+            self.register_buffer("average", torch.full((1, dim), 1 / dim))
+            self.register_buffer("eps", torch.full((1,), NORM_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form.norm == "operator":
+            return F.rms_norm(x, (self.dim,), self.ones, NORM_EPS)
+        return x * torch.rsqrt(F.linear(x * x, self.average, self.eps))
+
+
+class _AffineNorm(_RMSNorm):
+    """With the affine of a LayerNorm that stands before a convolution, where it cannot be folded."""
+
+    def __init__(self, norm: nn.LayerNorm, form: Form) -> None:
+        super().__init__(norm.weight.numel(), form)
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form.norm == "operator":
+            return F.rms_norm(x, (self.dim,), self.weight, NORM_EPS) + self.bias
+        return super().forward(x) * self.weight + self.bias
+
+
+class _Centre(nn.Module):
+    """x - mean(x) over channels."""
 
     average: Tensor
 
     def __init__(self, dim: int, form: Form) -> None:
         super().__init__()
-        self.dim, self.form = dim, form
-        if form.norm == "rms":
+        self.form = form
+        if form.norm == "products":
             self.register_buffer("average", torch.full((1, dim), 1 / dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.form.norm == "layer_norm":
-            return F.layer_norm(x, (self.dim,), eps=NORM_EPS)
-        return x * torch.rsqrt(F.linear(x * x, self.average) + NORM_EPS)
+        return x - (x.mean(-1, keepdim=True) if self.form.norm == "operator" else F.linear(x, self.average))
 
 
-class _AffineNorm(nn.Module):
-    """LayerNorm with affine, around convolutions, where neither centring nor affine can move elsewhere.
-
-    `channels` is the axis: -1 for (..., C), 1 for (B, C, H, W).
-    """
-
-    average: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, form: Form, channels: Literal[-1, 1]) -> None:
-        super().__init__()
-        self.channels, self.form = channels, form
-        dim = norm.weight.numel()
-        shape = (dim, 1, 1) if channels == 1 and form.norm == "rms" else (dim,)
-        self.weight = nn.Parameter(norm.weight.reshape(shape).clone())
-        self.bias = nn.Parameter(norm.bias.reshape(shape).clone())
-        if form.norm == "rms":
-            self.register_buffer("average", torch.full((1, *shape), 1 / dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.form.norm == "layer_norm":
-            last = x.permute(0, 2, 3, 1) if self.channels == 1 else x
-            x = F.layer_norm(last, last.shape[-1:], self.weight, self.bias, NORM_EPS)
-            return x.permute(0, 3, 1, 2) if self.channels == 1 else x
-        mean = F.conv2d if self.channels == 1 else F.linear
-        x = x - mean(x, self.average)
-        return x * torch.rsqrt(mean(x * x, self.average) + NORM_EPS) * self.weight + self.bias
-
-
-# Attention and blocks on tokens (B * windows * N, C)
+# Attention and blocks on tokens (B * windows * N, C), windows one after the other
 
 
 class _Attention(nn.Module):
-    """Window attention on normalised tokens; `query` is (B, heads, N, head width), used by global blocks only."""
-
-    position_bias: Tensor
+    """Window attention on normalised tokens; `query` is (B, N, C), used by global blocks only."""
 
     def __init__(self, block: gcvit.Block, windows: int, form: Form) -> None:
         super().__init__()
@@ -143,42 +180,58 @@ class _Attention(nn.Module):
         self.q = None if attention.use_global else _linear(weights[0], biases[0])
         self.k = _linear(weights[-2], biases[-2])
         self.v = _linear(weights[-1], biases[-1])
-        self.proj = _fold_residual(attention.proj, block.ls1, form)
+        self.proj = _fold_residual(attention.proj, block.ls1)
         position_bias = attention.rel_pos().contiguous()
         self.heads, self.tokens = position_bias.shape[:2]
-        self.windows, self.product_rank = windows, form.product_rank
+        self.windows, self.form = windows, form
         # head-major scores (B * heads, windows, N, N) of global blocks with several windows want (heads, 1, N, N)
-        self.head_major = attention.use_global and windows > 1
+        self.head_major = attention.use_global and windows > 1 and form.attention == "bmm"
         position_bias = position_bias[:, None] if self.head_major else position_bias[None]
-        self.register_buffer("position_bias", position_bias.clone(memory_format=torch.contiguous_format))
+        self.position_bias = Constant(position_bias)
+        self.query, self.key, self.softmax, self.value = Point(), Point(), Point(), Point()
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
-        attend = self._attend_image if self.head_major else self._attend_window
-        return self.proj(attend(x, query).reshape(x.shape))
+        if self.head_major:
+            values = self._attend_image(x, query)
+        else:
+            q = self._every_window(query) if self.q is None else self.q(x)
+            values = (self._attend_whole if self.form.attention == "operator" else self._attend_window)(q, self.k(x), self.v(x))
+        return self.proj(values.reshape(x.shape))
 
-    def _attend_window(self, x: Tensor, query: Tensor) -> Tensor:
-        q = query if self.q is None else self._heads(self.q(x), self.tokens)
-        scores = self._product(q, self._heads(self.k(x), self.tokens, transpose=True)) + self.position_bias
-        values = self._product(scores.softmax(-1), self._heads(self.v(x), self.tokens))
+    def _every_window(self, query: Tensor) -> Tensor:
+        """(B, N, C) -> (B * windows * N, C)."""
+        repeated = query if self.windows == 1 else query[:, None].expand(-1, self.windows, -1, -1)
+        return repeated.reshape(-1, query.shape[2])
+
+    def _attend_whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(-1, self.tokens, x.shape[1]) for x in (q, k, v))
+        return torch.onnx.ops.attention(q, k, v, self.position_bias(), q_num_heads=self.heads, kv_num_heads=self.heads, scale=1.0)[0]
+
+    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key = self.query(self._heads(q, self.tokens)), self.key(self._heads(k, self.tokens, transpose=True))
+        scores = self._product(query, key) + self.position_bias()
+        values = self._product(self.softmax(scores.softmax(-1)), self.value(self._heads(v, self.tokens)))
         return values.permute(0, 2, 1, 3)
 
     def _attend_image(self, x: Tensor, query: Tensor) -> Tensor:
-        image = self.windows * self.tokens
-        scores = self._product(query, self._heads(self.k(x), image, transpose=True))  # (B, heads, N, windows * N)
+        image, images = self.windows * self.tokens, query.shape[0]
+        query = self._heads(query.reshape(-1, x.shape[1]), self.tokens)
+        scores = self._product(self.query(query), self.key(self._heads(self.k(x), image, transpose=True)))  # (B, heads, N, windows * N)
         scores = scores.reshape(-1, self.tokens, self.windows, self.tokens).permute(0, 2, 1, 3)
-        images = query.shape[0]
-        bias = self.position_bias if images == 1 else self.position_bias.repeat(images, 1, 1, 1)
+        bias = self.position_bias()
+        if images > 1:
+            bias = bias.repeat(images, 1, 1, 1)
         values = self._heads(self.v(x), image).reshape(-1, self.windows, self.tokens, x.shape[1] // self.heads)
-        values = self._product((scores + bias).softmax(-1), values)  # (B * heads, windows, N, head width)
+        values = self._product(self.softmax((scores + bias).softmax(-1)), self.value(values))  # (B * heads, windows, N, head width)
         return values.reshape(images, self.heads, image, -1).permute(0, 2, 1, 3)
 
     def _heads(self, x: Tensor, tokens: int, transpose: bool = False) -> Tensor:
         """(groups * tokens, C) -> (groups, heads, tokens, head width), or with the last two axes exchanged."""
-        x = x.view(-1, tokens, self.heads, x.shape[1] // self.heads)
+        x = x.reshape(-1, tokens, self.heads, x.shape[1] // self.heads)
         return x.permute(0, 2, 3, 1) if transpose else x.permute(0, 2, 1, 3)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.product_rank == 4:
+        if self.form.attention == "windows":
             return a @ b
         flat = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
         return flat.view(*a.shape[:2], *flat.shape[1:])
@@ -187,70 +240,122 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     def __init__(self, block: gcvit.Block, windows: int, form: Form) -> None:
         super().__init__()
-        dim = block.norm1.weight.numel()
-        self.norm1 = _StreamNorm(dim, form)
+        self.norm1 = self.norm2 = _RMSNorm(block.norm1.weight.numel(), form)
         self.attention = _Attention(block, windows, form)
-        self.norm2 = _StreamNorm(dim, form)
         self.fc1 = _linear(*_fold_affine(block.norm2, block.mlp.fc1))
-        self.fc2 = _fold_residual(block.mlp.fc2, block.ls2, form)
+        self.fc2 = _fold_residual(block.mlp.fc2, block.ls2)
+        self.residual1, self.residual2 = Residual(), Residual()
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), query)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = self.residual1(x, self.attention(self.norm1(x), query))
+        return self.residual2(x, self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+# Convolutional parts: tokens in and out, row by row; `size` is the height and width of their feature map
+
+
+class _MBConv(nn.Module):
+    """Fused-MBConv of tokens, or of a feature map if its pointwise convolution is one."""
+
+    def __init__(self, block: gcvit.FusedMBConv, size: tuple[int, int], form: Form) -> None:
+        super().__init__()
+        self.size, self.form = size, form
+        self.depthwise = block.conv_dw
+        self.squeeze, self.excite = _linear(block.se.fc1.weight[:, :, 0, 0]), _linear(block.se.fc2.weight[:, :, 0, 0])
+        self.pointwise = block.conv_pw if form.pointwise == "conv" else _linear(block.conv_pw.weight[:, :, 0, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.form.pointwise == "conv"
+        y = F.gelu(self.depthwise(x if maps else _feature_map(x, self.size)))
+        # the mean of a feature map, with axes kept, is the one form of it that XNNPACK has
+        mean = y.mean((2, 3), keepdim=True).reshape(-1, y.shape[1])
+        gate = self.excite(F.gelu(self.squeeze(mean))).sigmoid()
+        y = y * gate.reshape(-1, y.shape[1], 1, 1)
+        return x + self.pointwise(y if maps else _tokens(y))
+
+
+class _Downsample(nn.Module):
+    """Centred tokens of a feature map of `size` -> tokens of one of half the size."""
+
+    def __init__(self, down: gcvit.Downsample, size: tuple[int, int], form: Form) -> None:
+        super().__init__()
+        self.size, self.form = size, form
+        self.norm1, self.norm2 = _AffineNorm(down.norm1, form), _AffineNorm(down.norm2, form)
+        self.conv_block = _MBConv(down.conv_block, size, form)
+        self.reduction = _centred(down.reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x)
+        maps = self.form.pointwise == "conv"
+        x = self.conv_block(_feature_map(x, self.size)) if maps else _feature_map(self.conv_block(x), self.size)
+        return self.norm2(_tokens(self.reduction(x)))
+
+
+class _GlobalQuery(nn.Module):
+    """Tokens of a stage -> (B, N, C), what its blocks use in place of their own queries."""
+
+    def __init__(self, generator: gcvit.GlobalQueryGenerator, size: tuple[int, int], form: Form) -> None:
+        super().__init__()
+        self.size, self.form = size, form
+        self.blocks = nn.ModuleList()
+        for block in generator.blocks:
+            if isinstance(block, gcvit.FusedMBConv):
+                self.blocks.append(_MBConv(block, size, form))
+            else:
+                self.blocks.append(_Pool(block, size, form))
+                size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        self.positions = size[0] * size[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = x.shape[1]
+        if self.form.pointwise == "conv":
+            x = _feature_map(x, self.size)
+        for block in self.blocks:
+            x = block(x)
+        if self.form.pointwise == "conv":
+            x = _tokens(x)
+        return x.reshape(-1, self.positions, dim)
+
+
+class _Pool(nn.Module):
+    """3x3 max pooling of stride 2, of what `_MBConv` works on."""
+
+    def __init__(self, pool: nn.Module, size: tuple[int, int], form: Form) -> None:
+        super().__init__()
+        self.pool, self.size, self.form = pool, size, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x) if self.form.pointwise == "conv" else _tokens(self.pool(_feature_map(x, self.size)))
 
 
 # Stages: tokens in and out, row by row as (B * H * W, C)
 
 
-class _Downsample(nn.Module):
-    """(B, C_in, 2H, 2W) -> (B, H, W, C), with both norms on the last axis where it is free."""
-
-    def __init__(self, down: gcvit.Downsample, form: Form) -> None:
-        super().__init__()
-        self.conv_block, self.reduction = down.conv_block, down.reduction
-        self.norm2 = _AffineNorm(down.norm2, form, channels=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.reduction(self.conv_block(x)).permute(0, 2, 3, 1))
-
-
 class _Stage(nn.Module):
-    average: Tensor
-
     def __init__(self, model: gcvit.GCViT, index: int, form: Form) -> None:
         super().__init__()
         config, stage = model.config, model.stages[index]
         assert isinstance(stage, gcvit.Stage)
         self.dim, self.size, self.window = config.stage_dim(index), config.feature_size(index), config.window(index)
         self.rows, self.cols = self.size[0] // self.window[0], self.size[1] // self.window[1]
-        self.heads, self.form = config.num_heads[index], form
-        if isinstance(stage.downsample, gcvit.Downsample):
-            self.norm1 = _AffineNorm(stage.downsample.norm1, form, channels=-1)
-            self.downsample = _Downsample(stage.downsample, form)
-        self.first = index == 0
-        self.global_query = stage.global_block
+        down = stage.downsample if isinstance(stage.downsample, gcvit.Downsample) else model.stem.down
+        self.downsample = _Downsample(down, (2 * self.size[0], 2 * self.size[1]), form)
+        self.global_query = _GlobalQuery(stage.global_block, self.size, form)
+        self.centre = _Centre(self.dim, form)
         blocks: list[gcvit.Block] = list(stage.blocks)  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(_Block(block, self.rows * self.cols, form) for block in blocks)
-        if form.norm == "rms":
-            self.register_buffer("average", torch.full((1, self.dim), 1 / self.dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """First stage: (B, H, W, C) of the stem. Later ones: tokens (B * 2H * 2W, C / 2) of the stage before."""
-        height, width = self.size
-        if not self.first:
-            x = self.norm1(x).view(-1, 2 * height, 2 * width, self.dim // 2)
-            x = self.downsample(x.permute(0, 3, 1, 2))
-        query = self.global_query(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        query = query.reshape(-1, self.window[0] * self.window[1], self.heads, self.dim // self.heads).permute(0, 2, 1, 3)
-        x = self._partition(x)
-        if self.form.norm == "rms":
-            x = x - F.linear(x, self.average)  # the blocks keep the stream centred
+        """Centred tokens (B * 2H * 2W, C_in) -> centred tokens (B * H * W, C)."""
+        x = self.downsample(x)
+        query = self.global_query(x)
+        x = self._partition(self.centre(x))
         for block in self.blocks:
-            x = block(x, query)
+            x = block(x, query)  # which keeps it centred
         return self._reverse(x)
 
     def _partition(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B * windows * N, C)."""
+        """(B * H * W, C) -> (B * windows * N, C)."""
         if self.rows * self.cols > 1:
             x = x.reshape(-1, self.window[0], self.cols, self.window[1] * self.dim).permute(0, 2, 1, 3)
         return x.reshape(-1, self.dim)
@@ -258,7 +363,7 @@ class _Stage(nn.Module):
     def _reverse(self, x: Tensor) -> Tensor:
         """(B * windows * N, C) -> (B * H * W, C), row by row."""
         if self.rows * self.cols > 1:
-            x = x.view(-1, self.cols, self.window[0], self.window[1] * self.dim).permute(0, 2, 1, 3)
+            x = x.reshape(-1, self.cols, self.window[0], self.window[1] * self.dim).permute(0, 2, 1, 3)
         return x.reshape(-1, self.dim)
 
 
@@ -267,20 +372,17 @@ class _Network(nn.Module):
         super().__init__()
         assert model.head is not None  # deploy() has checked
         config = model.config
-        self.conv1 = model.stem.conv1
-        self.norm1 = _AffineNorm(model.stem.down.norm1, form, channels=1)
-        self.downsample = _Downsample(model.stem.down, form)
+        self.conv1 = _centred(model.stem.conv1)
         self.stages = nn.ModuleList(_Stage(model, index, form) for index in range(len(config.depths)))
         self.size, self.dim = config.feature_size(3), config.stage_dim(3)
-        self.norm = _StreamNorm(self.dim, form)
+        self.norm = _RMSNorm(self.dim, form)
         last_norm = model.stages[-1].norm
         assert isinstance(last_norm, nn.LayerNorm)
         self.head = _linear(*_fold_affine(last_norm, model.head.fc))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.downsample(self.norm1(self.conv1(image)))
+        x = _tokens(self.conv1(image))
         for stage in self.stages:
             x = stage(x)
-        # the mean over positions as the mean of a feature map: the one form of it that XNNPACK has
-        x = self.norm(x).view(-1, *self.size, self.dim).permute(0, 3, 1, 2).mean((2, 3), keepdim=True)
-        return self.head(x.view(-1, self.dim))
+        x = _feature_map(self.norm(x), self.size).mean((2, 3), keepdim=True)
+        return self.head(x.reshape(-1, self.dim))

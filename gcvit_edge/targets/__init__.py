@@ -1,1 +1,207 @@
-"""Targets: where artifacts are run and timed; one module each, the file name is the registry."""
+"""Targets: where artifacts run and are timed; one module each, the file name is the registry.
+
+A target is a module with the members of `Target`. It connects to a device and loads artifacts there; a `Session`, an artifact
+that is loaded, answers images and times itself. What is the same everywhere (warm-up, modes, parity, accuracy, the result) is
+written once, in `timing.py` and `measure.py`. A target imports nothing heavy at the top: the command line reads the `Options`
+of every target to make its flags.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
+
+import gcvit_edge.targets as _package
+from gcvit_edge.errors import UserError
+from gcvit_edge.registry import load_module, module_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gcvit_edge.artifact import Artifact
+    from gcvit_edge.bundle import Bundle
+    from gcvit_edge.data import Pixels, Preprocessing
+    from gcvit_edge.machine import Machine
+    from gcvit_edge.parity import Arithmetic, Parity
+
+CHUNK_IMAGES = 64  # sent to the device at a time: 39 MB at 224 px, so that small boards have room
+
+
+def target_names() -> list[str]:
+    """All targets, available here or not."""
+    return module_names(_package)
+
+
+def load_target(name: str) -> "Target":
+    """The target module `name`.
+
+    Raises:
+        UserError: unknown name (the message names the nearest one).
+    """
+    return cast(Target, load_module(_package, "target", name))
+
+
+def parse_target(text: str) -> tuple[str, str]:
+    """Name and address of a target written `NAME` or `NAME:ADDRESS`, such as `ssh:pi@board`; no address is "".
+
+    Raises:
+        UserError: unknown target, or an address where the target takes none, or none where it needs one.
+    """
+    name, colon, address = text.partition(":")
+    target = load_target(name)
+    if target.ADDRESS == "required" and not address:
+        raise UserError(f"target {name!r} needs an address: {name}:ADDRESS; {target.HELP}")
+    if colon and (target.ADDRESS == "none" or not address):
+        raise UserError(f"target {text!r}: {name} takes no address; write {name}" if address else f"target {text!r} ends with a colon")
+    return name, address
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run one artifact, a line of the result. execution: how, such as "cpu" or "CUDA graphs".
+
+    arithmetic: what it computes in, where that is less exact than its precision. golden: the artifact of the bundle whose golden
+    logits it must reproduce, where it is none of the bundle itself.
+    """
+
+    artifact: "Artifact"
+    execution: str
+    arithmetic: "Arithmetic | None" = None
+    golden: "Artifact | None" = None
+
+    @property
+    def name(self) -> str:
+        """For messages: `onnx.int8 (cpu)`."""
+        return f"{self.artifact.name} ({self.execution})"
+
+    def check(self, logits: "NDArray[np.float32]", bundle: "Bundle") -> "Parity":
+        """Compares its logits for the golden input (N, classes) with the golden ones.
+
+        Raises:
+            CheckFailed: they have another shape.
+        """
+        from gcvit_edge.parity import check_parity
+
+        golden = self.golden or self.artifact
+        return check_parity(logits, bundle.golden_logits(golden), self.arithmetic or self.artifact.precision, golden.precision)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """ms: of each inference. joules: used meanwhile by each power rail that the device lets one read; empty if it lets none."""
+
+    ms: tuple[float, ...]
+    joules: dict[str, float]
+
+
+class Session(ABC):
+    """An artifact loaded on a device, batch 1; leaving the context frees it.
+
+    runtime, runtime_version: what runs it. load_ms: time to load it, the runtime itself loaded before. runtime_rss_mb: resident
+    memory (10^6 bytes) before that.
+    """
+
+    runtime: str
+    runtime_version: str
+    load_ms: float
+    runtime_rss_mb: float
+
+    @abstractmethod
+    def infer(self, images: "NDArray[np.float32]", advance: Callable[[], object]) -> "NDArray[np.float32]":
+        """Logits (N, classes) float32 of the network inputs (N, C, H, W) float32; calls `advance` after each image.
+
+        Raises:
+            CheckFailed: the device does not run it; the message ends with what the runtime printed.
+        """
+
+    @abstractmethod
+    def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
+        """Runs one input (1, C, H, W) float32 `runs` times, timed on the device itself.
+
+        Raises:
+            CheckFailed: as `infer`.
+        """
+
+    @abstractmethod
+    def peak_rss_mb(self) -> float:
+        """Highest resident memory of the process (all, where it is several) so far, in MB (10^6 bytes)."""
+
+    def counts(self, image: "NDArray[np.float32]") -> dict[str, float]:
+        """What the target counts in one inference of `image` (1, C, H, W), by name, such as instructions; usually nothing."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the artifact, its process and its files on the device."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def run(
+        self, pixels: "Pixels", preprocessing: "Preprocessing", start: int, stop: int, advance: Callable[[], object]
+    ) -> "NDArray[np.float32]":
+        """Logits (stop - start, classes) of the images from `start` to `stop`, sent in chunks; calls `advance` after each."""
+        import numpy as np
+
+        images, logits = pixels.load(), []
+        for first in range(start, stop, CHUNK_IMAGES):
+            chunk = images[first : min(first + CHUNK_IMAGES, stop)]
+            logits.append(self.infer(np.concatenate([preprocessing.normalize(image) for image in chunk]), advance))
+        return np.concatenate(logits)
+
+
+class Connection(ABC):
+    """A device that can be reached. side_by_side: artifacts that accuracy may be measured of at the same time, one thread each."""
+
+    side_by_side: int = 1
+
+    @abstractmethod
+    def machine(self) -> "Machine":
+        """What the device is, read now; `cpus` is the default number of threads."""
+
+    @abstractmethod
+    def open(self, case: Case, threads: int, *, pinned: bool) -> Session:
+        """Loads an artifact in a fresh process. pinned: it is timed, so keep it on `threads` CPUs if the device can do that.
+
+        Raises:
+            CheckFailed: the runtime cannot load it; the message ends with what the runtime printed.
+        """
+
+
+class Target(Protocol):
+    """What a target module has."""
+
+    HELP: str
+    """What it is, and what it can run, in one line."""
+
+    ADDRESS: Literal["none", "optional", "required"]
+    """Whether something follows the name and a colon in `--target`."""
+
+    MEASURES_TIME: bool
+    """False for emulation, whose time says nothing: results then have no latency, load time or energy."""
+
+    Options: ClassVar[type[Any]]
+    """Frozen dataclass of the target's own options, all with defaults and a `help` in their metadata. Each is a key in
+    devices.yaml and a flag of `benchmark` and `evaluate`; str, int, Path or bool."""
+
+    def missing(self) -> str | None:
+        """What is missing on this machine and how to install it; None if the target can be used."""
+        ...
+
+    def cases(self, artifacts: "Sequence[Artifact]", options: Any) -> list[Case]:
+        """Every way in which this target runs these artifacts of a bundle, in the order of the result."""
+        ...
+
+    def connect(self, address: str, options: Any) -> AbstractContextManager[Connection]:
+        """Connects; leaving the context removes what was put on the device.
+
+        Raises:
+            UserError: the device cannot be reached; the message says what to check.
+        """
+        ...

@@ -1,7 +1,7 @@
-"""A fresh process that holds one artifact: `python -m gcvit_edge.targets._worker BACKEND FILE THREADS`.
+"""A fresh Python process that holds one artifact: `python -m gcvit_edge.targets._worker BACKEND FILE THREADS [CPU,CPU...]`.
 
-Reads one JSON command a line from standard input, and answers in JSON lines on what was standard output when it started;
-whatever the runtime prints goes to standard error.
+Its protocol is that of `_process.py`. The CPUs are those that it is pinned to. Answers go to what was standard output when
+it started; whatever the runtime prints goes to standard error.
 """
 
 import importlib
@@ -9,50 +9,69 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gcvit_edge.backends import load_backend
-from gcvit_edge.data import Preprocessing
+from gcvit_edge.backends import Runner, load_backend
+from gcvit_edge.targets._energy import Rapl
 
 
 def main() -> None:
+    name, path, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if len(sys.argv) > 4:  # before the runtime is imported: it counts the CPUs that it may use then
+        os.sched_setaffinity(0, {int(cpu) for cpu in sys.argv[4].split(",")})
+    backend = load_backend(name)
+    serve(backend.RUNTIME, lambda: backend.load(path, threads))
+
+
+def serve(module: str, load: Callable[[], Runner]) -> None:
+    """Imports the runtime's `module`, loads an artifact, and does what the lines of standard input say."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    name, path, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    backend = load_backend(name)
-    importlib.import_module(backend.RUNTIME)
+    importlib.import_module(module)
     before = peak_rss_mb()
     start = time.perf_counter()
-    run = backend.load(path, threads)
-    answer({"load_ms": 1000 * (time.perf_counter() - start), "runtime_rss_mb": before})
+    run = load()
+    load_ms = 1000 * (time.perf_counter() - start)
+    runtime = module.partition(".")[0]
+    answer({"load_ms": load_ms, "runtime_rss_mb": before, "runtime": runtime, "runtime_version": _version(runtime)})
 
+    energy = Rapl()
     for line in sys.stdin:
-        command = json.loads(line)
-        if command["do"] == "run":
-            pixels = np.load(command["pixels"], mmap_mode="r")
-            preprocessing = Preprocessing.model_validate(command["preprocessing"])
-            logits = []
-            for position in range(command["start"], command["stop"]):
-                logits.append(run(preprocessing.normalize(pixels[position]))[0])
-                answer({"done": 1})
-            np.save(command["out"], np.stack(logits))
-            answer({"finished": True})
-        elif command["do"] == "replay":
-            inputs = np.load(command["inputs"])
-            np.save(command["out"], np.concatenate([run(inputs[i : i + 1]) for i in range(len(inputs))]))
-            answer({"finished": True})
-        elif command["do"] == "time":
-            image = np.random.default_rng(0).standard_normal(command["shape"], np.float32)
-            answer({"ms": [_milliseconds(run, image) for _ in range(command["runs"])]})
-        elif command["do"] == "memory":
-            answer({"peak_rss_mb": peak_rss_mb()})
+        match line.rstrip("\n").split("\t"):
+            case "infer", source, target, *shape:
+                images = np.fromfile(source, "<f4").reshape(tuple(map(int, shape)))
+                logits = []
+                for position in range(len(images)):
+                    logits.append(run(images[position : position + 1]))
+                    answer({"done": 1})
+                np.concatenate(logits).astype("<f4").tofile(target)
+                answer({"finished": True})
+            case "time", source, runs, *shape:
+                image = np.fromfile(source, "<f4").reshape((1, *map(int, shape)))
+                counters = energy.read()
+                ms = [_milliseconds(run, image) for _ in range(int(runs))]
+                answer({"ms": ms, "joules": energy.since(counters)})
+            case ["memory"]:
+                answer({"peak_rss_mb": peak_rss_mb()})
+            case words:
+                raise ValueError(f"unknown command {words}")
+
+
+def _version(module: str) -> str:
+    """Version of the distribution of a module; ONNX Runtime's for GPUs has another name than its module."""
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return version(packages_distributions()[module][0])
 
 
 def _milliseconds(run: Any, image: Any) -> float:
@@ -61,18 +80,18 @@ def _milliseconds(run: Any, image: Any) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far, in MB (10^6 bytes).
+def peak_rss_mb(pid: int | None = None) -> float:
+    """Highest resident memory so far of a process (None: this one), in MB (10^6 bytes).
 
     Linux: VmHWM, because ru_maxrss is inherited from the process that started this one.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     import psutil
 
-    info = psutil.Process().memory_info()
+    info = psutil.Process(pid).memory_info()
     return getattr(info, "peak_wset", info.rss) / 1e6
 
 

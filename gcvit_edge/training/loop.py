@@ -5,6 +5,7 @@ generator. So a resumed run continues bit for bit, and two processes draw what o
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -265,7 +266,8 @@ def _workers(accelerator: "Accelerator") -> int:
     """Processes that decode images: on a CPU none, which the network needs for itself."""
     if accelerator.device.type == "cpu":
         return 0
-    return min(_MAX_WORKERS, max(1, default_threads() // accelerator.state.num_processes))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as launchers say it
+    return min(_MAX_WORKERS, max(1, default_threads() // neighbours))
 
 
 def _precision(settings: TrainSettings, device: torch.device) -> torch.autocast:

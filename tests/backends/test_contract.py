@@ -10,8 +10,12 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, backend_names, load_backend
 from gcvit_edge.bundle import sha256
 from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.quantize.ranges import observe
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import Session
 
@@ -28,18 +32,16 @@ class Made:
         self.info: ModelInfo = describe_model(self.model)
         self.backend: Backend = load_backend(name)
         self.recipe: Recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        graph = self.backend.capture(self.model, self.info)
-        self.float = self._save(name, graph, "float", folder)
-        quantized = self.backend.quantize(graph, self.recipe, iter(IMAGES))
-        self.int8 = self._save(name, quantized, "int8", folder)
-        self.float_again = self._save(name, graph, "float", folder / "again")  # quantize() must not have changed it
+        self.ranges = observe(deploy(self.model, Form()), IMAGES)
+        self.float = lower_float(name, self.model, self.info, folder)
+        self.int8 = self.quantized(folder)
+        self.float_again = lower_float(name, self.model, self.info, folder / "again")  # quantization must not have changed the model
         with torch.no_grad():
             self.expected = np.concatenate([self.model(torch.from_numpy(image)).numpy() for image in IMAGES])
 
-    def _save(self, name: str, graph: object, precision: str, folder: Path) -> Artifact:
-        path = folder / self.backend.ARTIFACT.format(precision=precision)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return Artifact(name, precision, path, tuple(self.backend.save(graph, path, self.info)))
+    def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv")) -> Artifact:
+        recipe = self.recipe.model_copy(update={"operators": operators})
+        return lower_quantized(self.float.backend, self.model, self.info, recipe, self.ranges, folder)
 
     def run(self, artifact: Artifact, threads: int = 1) -> np.ndarray:
         run = self.backend.load(artifact.path, threads)
@@ -63,7 +65,7 @@ def test_int8_artifact_is_close_and_no_float_in_disguise(made: Made) -> None:
     assert 25 < noise < 70
 
 
-def test_quantize_leaves_the_float_graph_alone(made: Made) -> None:
+def test_quantization_leaves_the_model_alone(made: Made) -> None:
     np.testing.assert_array_equal(made.run(made.float), made.run(made.float_again))
 
 
@@ -71,13 +73,12 @@ def test_same_answers_on_one_and_two_threads(made: Made) -> None:
     assert sqnr_db(made.run(made.int8, threads=2), made.run(made.int8, threads=1)) > 60
 
 
-def test_same_answers_in_a_fresh_process(made: Made, tmp_path: Path) -> None:
-    np.save(tmp_path / "inputs.npy", np.concatenate(IMAGES))
+def test_same_answers_in_a_fresh_process(made: Made) -> None:
     with Session(made.int8, threads=1) as session:
         assert session.load_ms > 0
         assert session.runtime_rss_mb > 10
-        assert sqnr_db(session.replay(tmp_path / "inputs.npy"), made.run(made.int8)) > 60
-        assert all(ms > 0 for ms in session.time((1, 3, 64, 64), 3))
+        assert sqnr_db(session.infer(np.concatenate(IMAGES), lambda: None), made.run(made.int8)) > 60
+        assert all(ms > 0 for ms in session.time(IMAGES[0], 3).ms)
         assert session.peak_rss_mb() >= session.runtime_rss_mb
 
 
@@ -88,8 +89,7 @@ def test_files_exist_and_int8_is_smaller(made: Made) -> None:
 
 
 def test_quantization_repeats(made: Made, tmp_path: Path) -> None:
-    again = made._save(made.int8.backend, made.backend.quantize(made.backend.capture(made.model, made.info), made.recipe, iter(IMAGES)),
-                       "int8", tmp_path)  # fmt: skip
+    again = made.quantized(tmp_path)
     assert [sha256(file) for file in again.files] == [sha256(file) for file in made.int8.files] or sqnr_db(
         made.run(again), made.run(made.int8)
     ) > 100
@@ -103,9 +103,7 @@ def test_requirements_name_runtime_version_and_operators(made: Made) -> None:
 
 
 def test_recipe_decides_what_is_quantized(made: Made, tmp_path: Path) -> None:
-    recipe = made.recipe.model_copy(update={"operators": ("linear",)})
-    quantized = made.backend.quantize(made.backend.capture(made.model, made.info), recipe, iter(IMAGES))
-    linear_only = made._save(made.int8.backend, quantized, "int8", tmp_path)
+    linear_only = made.quantized(tmp_path, ("linear",))
     assert sqnr_db(made.run(linear_only), made.expected) > sqnr_db(made.run(made.int8), made.expected)
     assert made.int8.size_bytes < linear_only.size_bytes < made.float.size_bytes
 
@@ -114,9 +112,7 @@ def test_recipe_decides_what_is_quantized(made: Made, tmp_path: Path) -> None:
 def test_more_operators_still_work(made: Made, operator: str, tmp_path: Path) -> None:
     if operator not in made.backend.INTEGER_OPERATORS:
         pytest.skip(f"{made.int8.backend} has no integer kernels for {operator}")
-    recipe = made.recipe.model_copy(update={"operators": ("linear", "conv", operator)})
-    quantized = made.backend.quantize(made.backend.capture(made.model, made.info), recipe, iter(IMAGES))
-    artifact = made._save(made.int8.backend, quantized, "int8", tmp_path)
+    artifact = made.quantized(tmp_path, ("linear", "conv", operator))
     logits = made.run(artifact)
     assert sqnr_db(logits, made.expected) > 15
     assert not np.array_equal(logits, made.run(made.int8))

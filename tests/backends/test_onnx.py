@@ -1,13 +1,17 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 
-from gcvit_edge.backends import onnx as backend
 from gcvit_edge.data import Labels
+from gcvit_edge.lower import lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
+from gcvit_edge.quantize.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
@@ -18,8 +22,12 @@ def quantized(tmp_path: Path) -> onnx.ModelProto:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    backend.save(backend.quantize(backend.capture(model, info), RECIPE, IMAGES), tmp_path / "model.onnx", info)
-    return onnx.load(tmp_path / "model.onnx")
+    artifact = lower_quantized("onnx", model, info, RECIPE, observe(deploy(model, Form()), IMAGES), tmp_path)
+    return onnx.load(artifact.path)
+
+
+def attribute(node: onnx.NodeProto, name: str) -> int:
+    return next(each.i for each in node.attribute if each.name == name)
 
 
 def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
@@ -27,21 +35,27 @@ def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
     onnx.checker.check_model(model, full_check=True)
     produced = {output: node for node in model.graph.node for output in node.output}
     weights = {initializer.name: initializer for initializer in model.graph.initializer}
-    for node in model.graph.node:
-        assert len(node.output) == 1
-        if node.op_type == "Gemm" or (node.op_type == "Conv" and "image" not in node.input):
-            data, weight = (produced[name] for name in node.input[:2])
-            assert data.op_type == weight.op_type == "DequantizeLinear"
-            assert weights[weight.input[0]].data_type == onnx.TensorProto.INT8
-            scales = weights[weight.input[1]]
-            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-            channels = weights[weight.input[0]].dims[0 if node.op_type == "Conv" or transposed else 1]
-            assert list(scales.dims) == [channels]  # per output channel
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["MatMul"] == kinds["Gemm"] == 0
+    assert kinds["Attention"] == 6
+    assert kinds["RMSNormalization"] == 6 * 2 + 4 * 2 + 1
+    linears = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
+    assert len(linears) > 50
+    for node in linears:
+        assert produced[node.input[0]].op_type == "DynamicQuantizeLinear"
+        assert weights[node.input[1]].data_type == onnx.TensorProto.INT8
+    dense = [node for node in model.graph.node if node.op_type == "Conv" and "image" not in node.input and attribute(node, "group") == 1]
+    assert len(dense) == 4
+    for node in dense:
+        data, weight = (produced[name] for name in node.input[:2])
+        assert data.op_type == weight.op_type == "DequantizeLinear"
+        assert weights[weight.input[0]].data_type == onnx.TensorProto.INT8
+        assert list(weights[weight.input[1]].dims) == [weights[weight.input[0]].dims[0]]  # per output channel
     image_conv = next(node for node in model.graph.node if "image" in node.input)
     assert image_conv.op_type == "Conv"
-    biases = [name for name in weights if "position_bias" in name and name.endswith("_int8")]
+    biases = [w for name, w in weights.items() if "position_bias" in name and w.dims]
     assert len(biases) == 6
-    assert not any("position_bias" in name and w.data_type == onnx.TensorProto.FLOAT and w.dims for name, w in weights.items())
+    assert all(bias.data_type == onnx.TensorProto.INT8 for bias in biases)
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import numpy as np
 import openvino
 import torch
 
-from gcvit_edge.backends import openvino as backend
 from gcvit_edge.data import Labels
+from gcvit_edge.lower import lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
+from gcvit_edge.quantize.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
@@ -17,8 +20,15 @@ def quantized(tmp_path: Path) -> openvino.Model:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    backend.save(backend.quantize(backend.capture(model, info), RECIPE, IMAGES), tmp_path / "model.xml", info)
-    return openvino.Core().read_model(tmp_path / "model.xml")
+    artifact = lower_quantized("openvino", model, info, RECIPE, observe(deploy(model, Form()), IMAGES), tmp_path)
+    return openvino.Core().read_model(artifact.path)
+
+
+def is_integer_weight(node: openvino.Node) -> bool:
+    """An INT8 constant, converted and scaled."""
+    if node.get_type_name() not in ("Multiply", "Convert", "Reshape"):
+        return node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i8
+    return is_integer_weight(node.input_value(0).get_node())
 
 
 def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
@@ -30,12 +40,15 @@ def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
             depends_on_image.add(op.get_friendly_name())
             assert all(len(output.get_partial_shape()) <= 4 for output in op.outputs()), op.get_friendly_name()
     assert len(depends_on_image) > 100
-    for op in operators:
-        reads_image = op.get_type_name() == "Convolution" and op.input_value(0).get_node().get_type_name() == "Parameter"
-        if op.get_type_name() in ("Convolution", "GroupConvolution") and not reads_image and op.input_value(1).get_shape()[0] > 1:
-            assert op.input_value(0).get_node().get_type_name() == "FakeQuantize", op.get_friendly_name()
-        if reads_image:
-            assert op.input_value(0).get_node().get_type_name() == "Parameter"
+    assert not any(op.get_output_partial_shape(0).is_dynamic for op in operators if op.get_output_size())
+    heavy = [op for op in operators if op.get_type_name() in ("Convolution", "MatMul")]
+    integer = [op for op in heavy if is_integer_weight(op.input_value(1).get_node())]
+    assert all(op.input_value(0).get_node().get_type_name() in ("FakeQuantize", "Reshape", "Transpose") for op in integer)
+    products = sum(op.get_type_name() == "MatMul" for op in operators) - sum(op.get_type_name() == "MatMul" for op in integer)
+    assert products == 2 * 6  # the attention products of six blocks are all that stays float
+    assert [op for op in operators if op.get_type_name() == "Convolution" and op not in integer] == [
+        op for op in operators if op.get_type_name() == "Convolution" and op.input_value(0).get_node().get_type_name() == "Parameter"
+    ]
     constants = [op for op in operators if op.get_type_name() == "Constant"]
     assert not [c for c in constants if c.get_element_type() == openvino.Type.f32 and c.get_output_size() > 0 and len(c.shape) == 4
                 and c.shape[2] == c.shape[3] > 4 and c.shape[2] >= 49]  # fmt: skip

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from gcvit_edge.data import default_preprocessing, read_image
-from gcvit_edge.model.deploy import Form, deploy
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
 from gcvit_edge.model.variants import VARIANTS
 
-FORMS = [Form(norm=norm, product_rank=rank) for norm, rank in itertools.product(("layer_norm", "rms"), (3, 4))]
+FORMS = [
+    *(Form(norm=norm, attention=attention) for norm, attention in itertools.product(("operator", "products"), ("windows", "bmm"))),
+    Form(norm="operator", attention="operator"),
+    Form(norm="products", attention="bmm", pointwise="conv"),
+]
 SHAPES = {
     "plain": {},
     "layer_scale": {"layer_scale": 0.1, "mlp_ratio": 2.0},
@@ -25,7 +30,7 @@ SHAPES = {
     "one grey class": {"in_chans": 1, "num_classes": 1},
     "drop path": {"drop_path": 0.3},
 }
-forms = pytest.mark.parametrize("form", FORMS, ids=[f"{form.norm}-{form.product_rank}" for form in FORMS])
+forms = pytest.mark.parametrize("form", FORMS, ids=[f"{form.norm}-{form.attention}-{form.pointwise}" for form in FORMS])
 
 
 def relative(actual, expected):
@@ -104,37 +109,50 @@ def test_a_stage_partitions_once_and_reverses_once(make_model, form, batch):
 @forms
 def test_operators_are_those_of_the_form(tiny_model, form):
     targets = [str(node.target) for node in exported(tiny_model, form).nodes if node.op == "call_function"]
-    norms = sum("layer_norm" in target for target in targets)
-    # two a block, two in the stem and in each downsampler, the last one
-    assert norms == (0 if form.norm == "rms" else 8 * 2 + 4 * 2 + 1)
-    assert sum("rsqrt" in target for target in targets) == (25 if form.norm == "rms" else 0)
-    assert sum("aten.bmm" in target for target in targets) == (16 if form.product_rank == 3 else 0)
-    assert sum("aten.matmul" in target for target in targets) == (0 if form.product_rank == 3 else 16)
-    assert not any("aten.index" in target for target in targets)  # the position bias is a constant
-    assert not any("repeat" in target or "scaled_dot_product" in target for target in targets)
+    norms = 8 * 2 + 4 * 2 + 1  # two a block, two in the stem and in each downsampler, the last one
+
+    def count(part):
+        return sum(part in target for target in targets)
+
+    assert count("layer_norm") == 0
+    assert count("rms_norm") == (norms if form.norm == "operator" else 0)
+    assert count("rsqrt") == (norms if form.norm == "products" else 0)
+    assert count("onnx.Attention") == (8 if form.attention == "operator" else 0)
+    assert count("aten.bmm") == (16 if form.attention == "bmm" else 0)
+    assert count("aten.matmul") == (16 if form.attention == "windows" else 0)
+    assert count("aten.softmax") == (0 if form.attention == "operator" else 8)
+    assert count("aten.index") == 0  # the position bias is a constant
+    assert count("repeat") == 0
+    assert count("expand") == (0 if form.attention == "bmm" else 2)  # the global query, in two stages of several windows
+
+
+def test_pointwise_convolutions_are_linears(tiny_model):
+    kernels = [module.kernel_size for module in deploy(tiny_model, Form()).modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(kernels) > 10
+    assert set(kernels) == {(3, 3)}
 
 
 def test_position_bias_and_layer_scale_are_folded(make_model):
     small = deploy(make_model(layer_scale=0.1), Form())
     names = [name for name, _ in small.named_parameters()]
     assert not any("gamma" in name or "relative_position" in name for name in names)
-    biases = [buffer.shape for name, buffer in small.named_buffers() if name.endswith("position_bias")]
+    biases = [buffer.shape for name, buffer in small.named_buffers() if name.endswith("position_bias.value")]
     assert biases[:2] == [(1, 1, 4, 4), (1, 1, 4, 4)]
     assert len(biases) == 8
 
 
 @forms
-def test_stream_stays_centred_in_form_rms(make_model, form):
-    """Every layer that writes the residual stream writes vectors of mean 0; only then is an RMS norm a LayerNorm."""
+def test_what_norms_read_is_centred(make_model, form):
+    """Every layer that writes what a norm reads writes vectors of mean 0; only then is an RMS norm a LayerNorm."""
     model = make_model(layer_scale=0.1)
     small, means = deploy(model, form), []
-    for stage in small.stages:
-        for block in stage.blocks:
-            block.register_forward_hook(lambda module, inputs, output: means.append(float(output.mean(-1).abs().max())))
+    for module in small.modules():
+        if type(module).__name__ in ("_RMSNorm", "_AffineNorm"):
+            module.register_forward_pre_hook(lambda module, inputs: means.append(float(inputs[0].mean(-1).abs().max())))
     with torch.no_grad():
         small(images(model))
-    assert len(means) == 8
-    assert max(means) < 1e-5 if form.norm == "rms" else max(means) > 1e-2
+    assert len(means) == 25
+    assert max(means) < 1e-5
 
 
 @forms
@@ -166,7 +184,7 @@ def test_no_head(make_model):
 
 def test_exported_program_is_the_model(tiny_model):
     x = images(tiny_model)
-    program = torch.export.export(deploy(tiny_model, Form(norm="rms", product_rank=3)), (x,)).module()
+    program = torch.export.export(deploy(tiny_model, Form(norm="products", attention="bmm")), (x,)).module()
     with torch.no_grad():
         assert relative(program(x), tiny_model(x)) < 1e-5
 
@@ -185,7 +203,7 @@ def test_every_official_variant(make_model, request, name):
     with torch.no_grad():
         expected = model(x)
         errors = []
-        for form in (Form(norm="rms", product_rank=3), Form(norm="layer_norm", product_rank=4)):
+        for form in (Form(norm="products", attention="bmm"), Form(norm="operator", attention="windows")):
             small = deploy(model, form)
             errors.append(relative(small(x), expected))
             del small

@@ -1,0 +1,50 @@
+"""From a trained network to one artifact of one backend: deploy form, quantization, export."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import Backend, load_backend
+from gcvit_edge.recipe import Operator, Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gcvit_edge.model.gcvit import GCViT
+    from gcvit_edge.model.info import ModelInfo
+    from gcvit_edge.quantize.ranges import Ranges
+
+
+def lower_float(name: str, model: "GCViT", info: "ModelInfo", folder: Path) -> Artifact:
+    """Writes the float artifact of backend `name` below `folder`, where a bundle has it."""
+    from gcvit_edge.model.deploy import deploy
+
+    backend = load_backend(name)
+    return _save(name, deploy(model, backend.form(frozenset())), "float", model, info, folder)
+
+
+def lower_quantized(name: str, model: "GCViT", info: "ModelInfo", recipe: Recipe, ranges: "Ranges", folder: Path) -> Artifact:
+    """Writes the artifact of backend `name` that `recipe` asks for; `ranges` are those of `quantize.ranges.observe`."""
+    from gcvit_edge.model.deploy import deploy
+    from gcvit_edge.quantize.scheme import quantize
+
+    backend = load_backend(name)
+    operators = integer_operators(recipe, backend)
+    quantized = quantize(deploy(model, backend.form(operators)), operators, backend.ARITHMETIC, ranges)
+    return _save(name, quantized, recipe.precision, model, info, folder)
+
+
+def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
+    """Of what a recipe wants in integers, what the backend's runtime has kernels for."""
+    return frozenset(recipe.operators) & backend.INTEGER_OPERATORS
+
+
+def _save(name: str, network: "nn.Module", precision: str, model: "GCViT", info: "ModelInfo", folder: Path) -> Artifact:
+    import torch
+
+    backend = load_backend(name)
+    path = folder / backend.ARTIFACT.format(precision=precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    example = torch.zeros(1, model.config.in_chans, *model.config.img_size)
+    files = backend.save(backend.capture(network, example), path, info)
+    return Artifact(name, precision, path, tuple(files))  # type: ignore[arg-type]

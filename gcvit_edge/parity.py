@@ -1,0 +1,64 @@
+"""Does an artifact give the answers here that it gave when it was made? One definition for `verify` and every target."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.evaluate import sqnr_db
+
+# Float artifacts reproduce their golden logits on any machine; INT8 ones differ between instruction sets, by some 36 dB
+# (AVX2, AVX-512, NEON: each rounds and saturates elsewhere), while a wrong kernel is below 5 dB. The short floats were
+# measured on the sample network on a CPU, TF32 by rounding the factors of every product: 63, 61 and 39 dB.
+Arithmetic = Literal["float", "tf32", "float16", "bfloat16", "int8"]
+MIN_SQNR_DB: dict[Arithmetic, float] = {"float": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "int8": 20.0}
+EQUAL_DB = 999.0  # stands for infinity, which JSON does not have
+
+
+class Parity(BaseModel):
+    """How golden logits were reproduced. sqnr_db: SQNR against them, 999 when equal, -999 when not finite. minimum_db: the floor
+    of the arithmetic. same_top1: fraction of the golden images with the same top class."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sqnr_db: float
+    minimum_db: float
+    same_top1: float
+    passed: bool
+
+    @property
+    def equal(self) -> bool:
+        """Equal to the last bit."""
+        return self.sqnr_db == EQUAL_DB
+
+    def describe(self) -> str:
+        """For people: `to 36.2 dB (at least 20), top class the same`."""
+        level = "exactly" if self.equal else f"to {self.sqnr_db:.1f} dB (at least {self.minimum_db:.0f})"
+        return level + (", top class the same" if self.same_top1 == 1 else f", top class the same in {self.same_top1:.0%}")
+
+
+def finite_db(level: float) -> float:
+    """An SQNR as JSON can hold it: 999 for infinity."""
+    return float(np.clip(level, -EQUAL_DB, EQUAL_DB))
+
+
+def check_parity(logits: NDArray[np.float32], golden: NDArray[np.float32], *arithmetic: Arithmetic) -> Parity:
+    """Compares logits (N, classes) with the golden ones. arithmetic: what either was computed in, one or several.
+
+    They pass if the SQNR reaches the lowest of their floors, and the top class is the same wherever the golden one leads by more
+    than the noise that the floor lets through, twice its RMS.
+
+    Raises:
+        CheckFailed: the logits have another shape.
+    """
+    if logits.shape != golden.shape:
+        raise CheckFailed(f"the artifact gives {logits.shape} logits, its golden output has {golden.shape}; get the bundle again")
+    minimum = min(MIN_SQNR_DB[each] for each in arithmetic)
+    level = finite_db(sqnr_db(logits, golden))
+    same = logits.argmax(1) == golden.argmax(1)
+    noise = np.sqrt(np.square(golden, dtype=np.float64).mean()) * 10 ** (-minimum / 20)
+    lead = golden.max(1) - np.take_along_axis(golden, logits.argmax(1)[:, None], 1)[:, 0]
+    passed = level >= minimum and bool((lead <= 2 * noise).all())
+    return Parity(sqnr_db=level, minimum_db=minimum, same_top1=float(same.mean()), passed=passed)

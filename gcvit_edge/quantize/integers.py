@@ -1,0 +1,72 @@
+"""Affine quantization: real = (integer - zero_point) * scale, in the operators that all exporters know.
+
+`torch.ops.quantized_decomposed` is the vocabulary of PyTorch 2 export quantization: ExecuTorch lowers it, PyTorch's ONNX
+exporter turns it into QuantizeLinear and DequantizeLinear, and the OpenVINO backend into FakeQuantize.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torchao.quantization.pt2e  # noqa: F401  # defines the operators
+from torch import Tensor, nn
+
+from gcvit_edge.quantize.arithmetic import Signedness
+
+_operators = torch.ops.quantized_decomposed
+
+_LIMITS: dict[str, tuple[int, int, torch.dtype]] = {"int8": (-128, 127, torch.int8), "uint8": (0, 255, torch.uint8)}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scale and zero point of one tensor of activations, 8 bits."""
+
+    scale: float
+    zero_point: int
+    dtype: Signedness
+
+    @staticmethod
+    def of_range(low: float, high: float, dtype: Signedness) -> "Affine":
+        """The finest scale that covers [low, high] and has an exact zero, as padding and ReLU-like outputs want it."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        smallest, largest, _ = _LIMITS[dtype]
+        scale = max((high - low) / (largest - smallest), 1e-12)
+        return Affine(scale, min(max(round(smallest - low / scale), smallest), largest), dtype)
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        """x rounded to the integers and back: what an integer kernel sees of it."""
+        arguments = (self.scale, self.zero_point, *_LIMITS[self.dtype])
+        return _operators.dequantize_per_tensor.default(_operators.quantize_per_tensor.default(x, *arguments), *arguments)
+
+
+class IntegerWeight(nn.Module):
+    """A weight (out, ...) as INT8 with one scale an output channel, symmetric; forward() is the weight in float."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        scale = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+        values = torch.round(weight / scale.view(-1, *[1] * (weight.ndim - 1)))
+        self.register_buffer("values", values.to(torch.int8).contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, -127, 127, torch.int8)
+
+
+class IntegerConstant(nn.Module):
+    """A constant as INT8 with one scale, symmetric; forward() is the constant in float."""
+
+    values: Tensor
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.scale = max(float(constant.abs().max()) / 127, 1e-12)
+        self.register_buffer("values", torch.round(constant / self.scale).to(torch.int8).contiguous())
+
+    def forward(self) -> Tensor:
+        return _operators.dequantize_per_tensor.default(self.values, self.scale, 0, -127, 127, torch.int8)

@@ -1,0 +1,121 @@
+"""A report of devices on the terminal: all side by side in one table."""
+
+from rich import box
+from rich.table import Table
+
+from gcvit_edge.result import Report, Result, Run
+
+
+def benchmark_table(report: Report) -> Table:
+    """Latency, load time, memory and parity, a line for each artifact on each device; fits 80 columns on one way of running."""
+    results = [result for run in report.runs for result in run.results]
+    energy = any(result.energy_j for result in results)
+    table = _table(report, f"{report.mode}, batch 1")
+    for heading in ("p50 ms", "p90", "p99", "load", "MB", "RAM", "parity", *(["J"] if energy else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in report.runs:
+        for result in run.results:
+            cells = [*_latency(result, report.mode), _number(result.load_ms, 0), f"{result.size_bytes / 1e6:.1f}"]
+            cells += [_number(result.peak_rss_mb, 0), _parity(result), *([_energy(result)] if energy else [])]
+            table.add_row(*_head(report, run, result), *cells)
+        if run.error:
+            table.add_row(run.device, "[red]failed[/]")
+    return table
+
+
+def accuracy_table(report: Report) -> Table:
+    """Accuracy, a line for each artifact on each device."""
+    counts = {result.accuracy.images for run in report.runs for result in run.results if result.accuracy}
+    table = _table(report, f"{max(counts, default=0)} images")
+    for heading in ("top-1 (95 % interval)", "top-5", "drop, points (95 % interval)", "agreement", "SQNR", "parity"):
+        table.add_column(heading, justify="right")
+    for run in report.runs:
+        for result in run.results:
+            table.add_row(*_head(report, run, result), *_accuracy(result), _parity(result))
+        if run.error:
+            table.add_row(run.device, "[red]failed[/]")
+    return table
+
+
+def _table(report: Report, what: str) -> Table:
+    table = Table(title=f"{report.model}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for heading in ("device", "artifact", *(["run on"] if _several_ways(report) else [])):
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _head(report: Report, run: Run, result: Result) -> list[str]:
+    return [run.device, f"{result.backend} {result.precision}", *([result.execution] if _several_ways(report) else [])]
+
+
+def _several_ways(report: Report) -> bool:
+    return len({result.execution for run in report.runs for result in run.results}) > 1
+
+
+def machine_lines(report: Report) -> list[str]:
+    """What each device is."""
+    lines = []
+    for run in report.runs:
+        if run.machine:
+            threads = ", ".join(sorted({f"{r.threads} thread{'s' if r.threads > 1 else ''}" for r in run.results})) or "not measured"
+            lines.append(f"{run.device}: {run.machine.title}; {threads}" + ("; emulated: no times" if run.emulated else ""))
+    return lines
+
+
+def count_lines(report: Report) -> list[str]:
+    """What was counted in one inference of each artifact, if anything."""
+    return [
+        f"{run.device}: {result.name}: " + ", ".join(f"{count / 1e6:.2f} M {name}" for name, count in result.counts.items())
+        for run in report.runs
+        for result in run.results
+        if result.counts
+    ]
+
+
+def warnings(report: Report) -> list[str]:
+    """What makes figures doubtful."""
+    lines = []
+    for run in report.runs:
+        for result in run.results:
+            if result.latency and result.latency.noisy:
+                lines.append(f"warning: {run.device}: {result.name}: noisy, one inference in ten takes {result.latency.spread:.0%} longer "
+                             "than the median; end other programs, or let the device cool, and measure again")
+            elif result.latency and not result.latency.stable:
+                lines.append(f"warning: {run.device}: {result.name}: still not stable after {result.latency.warm_up_runs} warm-up runs")
+    return lines
+
+
+def _latency(result: Result, mode: str) -> list[str]:
+    """p50, p90, p99; what the mode is judged by is bold."""
+    if result.latency is None:
+        return ["-"] * 3
+    latency = result.latency
+    p50, p90 = f"{latency.p50_ms:.2f}", f"{latency.p90_ms:.2f}"
+    bold = [f"[bold]{p50}[/]", p90] if mode == "quick" else [p50, f"[bold]{p90}[/]"]
+    return [*bold, f"{latency.p99_ms:.2f}"]
+
+
+def _accuracy(result: Result) -> list[str]:
+    accuracy = result.accuracy
+    if accuracy is None:
+        return ["-"] * 5
+    low, high = accuracy.top1_ci95
+    cells = [f"{accuracy.top1:.2%} ({low:.2%} to {high:.2%})", f"{accuracy.top5:.2%}"]
+    if accuracy.drop_points is None or accuracy.drop_ci95 is None:
+        return [*cells, "", "", ""]
+    low, high = accuracy.drop_ci95
+    return [*cells, f"{accuracy.drop_points:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy.agreement:.2%}", f"{accuracy.sqnr_db:.1f} dB"]
+
+
+def _parity(result: Result) -> str:
+    parity = result.parity
+    level = "equal" if parity.equal else f"{parity.sqnr_db:.0f} dB"
+    return level if parity.passed else f"[red]wrong, {level}[/]"
+
+
+def _energy(result: Result) -> str:
+    return "\n".join(f"{rail} {joules:.3g}" for rail, joules in (result.energy_j or {}).items()) or "-"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

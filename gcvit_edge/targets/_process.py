@@ -1,0 +1,147 @@
+"""A session whose artifact is held by a process that reads commands and answers in JSON lines, wherever that process runs.
+
+The process is `_worker.py`, or any program with the same protocol. Files are float32, little endian, in C order, nothing else.
+It first loads the artifact and answers
+
+    {"load_ms": 41.3, "runtime_rss_mb": 61.0, "runtime": "onnxruntime", "runtime_version": "1.32.0"}
+
+and then to each line of standard input, its words separated by tabs:
+
+    infer IN OUT N C H W    {"done": 1} after each of the N images, {"finished": true} once OUT has the logits (N, classes)
+    time IN RUNS C H W      {"ms": [8.1, ...], "joules": {"package-0": 0.4}}: one image, RUNS times; the rails may be none
+    memory                  {"peak_rss_mb": 214.5}
+
+It ends when standard input does. When something fails it says so on standard error and ends with an exit code other than 0.
+"""
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.targets import Session, Timed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gcvit_edge.artifact import Artifact
+
+_INPUT, _OUTPUT = "images.f32", "logits.f32"
+
+
+class Folder(Protocol):
+    """A folder on the device, for one session."""
+
+    def put(self, name: str, content: bytes) -> None:
+        """Writes a file."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """Reads a file."""
+        ...
+
+    def path(self, name: str) -> str:
+        """The file as the process there names it."""
+        ...
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        ...
+
+
+class LocalFolder:
+    """A temporary folder of this machine."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-")
+        self._root = Path(self._folder.name)
+
+    def put(self, name: str, content: bytes) -> None:
+        (self._root / name).write_bytes(content)
+
+    def get(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def path(self, name: str) -> str:
+        return str(self._root / name)
+
+    def remove(self) -> None:
+        self._folder.cleanup()
+
+
+class ProcessSession(Session):
+    """The session of one such process."""
+
+    def __init__(self, artifact: "Artifact", command: Sequence[str], folder: Folder) -> None:
+        """Starts `command` and waits until it has loaded the artifact; `folder` is removed at the end.
+
+        Raises:
+            CheckFailed: it ended; the message ends with what it printed.
+        """
+        self.artifact = artifact
+        self._folder, self._sent = folder, None
+        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by close()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        try:
+            ready = self._read()
+        except BaseException:
+            self.close()
+            raise
+        self.load_ms = ready["load_ms"]
+        self.runtime_rss_mb = ready["runtime_rss_mb"]
+        self.runtime, self.runtime_version = ready["runtime"], ready["runtime_version"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+        self._folder.remove()
+
+    def infer(self, images: "NDArray[np.float32]", advance: Callable[[], object]) -> "NDArray[np.float32]":
+        import numpy as np
+
+        self._command("infer", self._put(images), self._folder.path(_OUTPUT), *images.shape)
+        while "finished" not in self._read():
+            advance()
+        return np.frombuffer(self._folder.get(_OUTPUT), "<f4").reshape(len(images), -1).astype(np.float32)
+
+    def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
+        self._command("time", self._put(image), runs, *image.shape[1:])
+        answer = self._read()
+        return Timed(tuple(answer["ms"]), answer["joules"])
+
+    def peak_rss_mb(self) -> float:
+        self._command("memory")
+        return self._read()["peak_rss_mb"]
+
+    def _put(self, images: "NDArray[np.float32]") -> str:
+        """The file of these images on the device, sent unless they are the ones sent last."""
+        if images is not self._sent:
+            self._folder.put(_INPUT, images.astype("<f4").tobytes())
+            self._sent = images
+        return self._folder.path(_INPUT)
+
+    def _command(self, *words: object) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("\t".join(map(str, words)) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._fail()
+        return json.loads(line)
+
+    def _fail(self) -> None:
+        code = self._process.wait()
+        self._log.seek(0)
+        tail = "".join(self._log.readlines()[-15:])
+        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} (process ended with {code}):\n{tail}")

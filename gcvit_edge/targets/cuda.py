@@ -1,0 +1,132 @@
+"""An NVIDIA GPU of this machine: the network in PyTorch, and artifacts in the runtimes that have a GPU build; each in a fresh process."""
+
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcvit_edge.errors import UserError, unknown_name
+from gcvit_edge.targets import Case, Connection
+from gcvit_edge.targets._process import LocalFolder, ProcessSession
+
+if TYPE_CHECKING:
+    from gcvit_edge.artifact import Artifact
+    from gcvit_edge.machine import Machine
+    from gcvit_edge.parity import Arithmetic
+
+HELP = ("NVIDIA GPU, cuda:1 for the second; runs PyTorch with --weights, onnx where ONNX Runtime has its CUDA provider, openvino where "
+        "OpenVINO has its NVIDIA plugin")  # fmt: skip
+ADDRESS = "optional"
+MEASURES_TIME = True
+
+_ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
+_STEPS = ("eager", "compiled", "CUDA graphs", "compiled, CUDA graphs")
+_INT8_STEPS = "torchao, compiled, CUDA graphs"
+
+
+@dataclass(frozen=True)
+class Options:
+    """weights: of the bundle's network; the bundle itself has no checkpoint. INT8 is torchao's, with the rest in `arithmetic`."""
+
+    weights: Path | None = field(default=None, metadata={"help": "checkpoint that the bundle was made of, for PyTorch"})
+    arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(_ARITHMETIC)} (float32)"})
+
+
+def missing() -> str | None:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver on this machine (libcuda cannot be loaded); install it, or measure on a machine with an NVIDIA GPU"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA; install a CUDA build of it (see pytorch.org, Get Started)"
+    if not torch.cuda.is_available():
+        return (f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can use; does nvidia-smi list one, "
+                "and is the driver as new as that CUDA?")  # fmt: skip
+    return None
+
+
+def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
+    return [*_pytorch_cases(artifacts, options), *_artifact_cases(artifacts, _gpu_runtimes())]
+
+
+def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
+    """Every way of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
+    from gcvit_edge.artifact import Artifact
+
+    if options.arithmetic not in _ARITHMETIC:
+        raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
+    if options.weights is None:
+        return []
+    weights = options.weights.resolve()
+    if not weights.is_file():
+        raise UserError(f"checkpoint {options.weights} does not exist; give --weights the file that the bundle was made of")
+    golden = next((artifact for artifact in artifacts if artifact.precision == "float"), artifacts[0])
+    network, quantized = (Artifact("pytorch", precision, weights, (weights,)) for precision in ("float", "int8"))
+    name = options.arithmetic
+    return [
+        *(Case(network, f"{steps}, {name}", _ARITHMETIC[name], golden) for steps in _STEPS),
+        Case(quantized, f"{_INT8_STEPS}, {name}", "int8", golden),
+    ]
+
+
+def _artifact_cases(artifacts: "Sequence[Artifact]", runtimes: dict[str, str]) -> list[Case]:
+    return [Case(artifact, runtimes[artifact.backend]) for artifact in artifacts if artifact.backend in runtimes]
+
+
+def _gpu_runtimes() -> dict[str, str]:
+    """By backend, how its runtime uses an NVIDIA GPU; without those that are not installed or are built without it."""
+    found = {}
+    try:
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            found["onnx"] = "CUDA provider"
+    except ImportError:
+        pass
+    try:
+        import openvino
+
+        if any(device.startswith("NVIDIA") for device in openvino.Core().available_devices):
+            found["openvino"] = "NVIDIA plugin"
+    except ImportError:
+        pass
+    return found
+
+
+@contextmanager
+def connect(address: str, options: Options) -> Iterator[Connection]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if address and not address.isdigit():
+        raise UserError(f"cuda:{address}: give the number of a GPU, such as cuda:0")
+    if int(address or 0) >= count:
+        raise UserError(f"there is no GPU {address or 0}: PyTorch finds {count}; see nvidia-smi")
+    yield Gpu(f"cuda:{address or 0}")
+
+
+@dataclass(frozen=True)
+class Gpu(Connection):
+    """A device of PyTorch on this machine. device: such as cuda:0, or cpu, which is for tests."""
+
+    device: str
+
+    def machine(self) -> "Machine":
+        import torch
+
+        from gcvit_edge.machine import this_machine
+        from gcvit_edge.targets.local import default_threads
+
+        gpu = torch.cuda.get_device_name(self.device) if self.device != "cpu" else None
+        return this_machine().model_copy(update={"cpus": default_threads(), "accelerator": gpu and f"{gpu}, CUDA {torch.version.cuda}"})
+
+    def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
+        artifact = case.artifact
+        command = [sys.executable, "-m", "gcvit_edge.targets._cuda_worker", artifact.backend, str(artifact.path.resolve()), str(threads),
+                   self.device, case.execution]  # fmt: skip
+        return ProcessSession(artifact, command, LocalFolder())

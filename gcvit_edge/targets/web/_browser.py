@@ -1,0 +1,131 @@
+"""Browsers of this machine: found, and started on a page without a window, without a driver and without the network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcvit_edge.errors import UserError
+
+if TYPE_CHECKING:
+    import psutil
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "microsoft-edge", "brave-browser", "firefox", "firefox-esr")
+
+_CHROMIUM = (
+    "--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--disable-quic", "--disable-extensions", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)  # fmt: skip
+_FIREFOX = ("--headless", "--no-remote", "--new-instance")
+_FIREFOX_PREFERENCES = {
+    "network.proxy.type": 1,  # a proxy that is not there, for all but 127.0.0.1
+    "network.proxy.http": "127.0.0.1",
+    "network.proxy.http_port": 9,
+    "network.proxy.ssl": "127.0.0.1",
+    "network.proxy.ssl_port": 9,
+    "app.update.enabled": False,
+    "browser.aboutwelcome.enabled": False,
+    "browser.shell.checkDefaultBrowser": False,
+    "datareporting.policy.dataSubmissionEnabled": False,
+    "toolkit.telemetry.enabled": False,
+}
+
+
+def find_browser(name: str) -> str:
+    """Path of the program `name`, a path itself or on PATH; "" is the first of `BROWSERS` that is there.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = next((path for path in map(shutil.which, [name] if name else BROWSERS) if path), None)
+    if found is None and name:
+        raise UserError(f"browser {name!r} is not on PATH and no program; give web:BROWSER as a name such as firefox, or as a path")
+    if found is None:
+        raise UserError(f"no browser on PATH (looked for {', '.join(BROWSERS)}); install one, on Debian: apt install chromium")
+    return found
+
+
+def browser_version(path: str) -> str:
+    """Name and version, such as "Chromium 150.0.7871.100".
+
+    Raises:
+        UserError: it does not start.
+    """
+    try:
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{path} does not start ({error}); give another browser as web:BROWSER") from error
+    found = re.search(r"^.*?\d[\w.]*", shown.stdout, re.MULTILINE)
+    if found is None:
+        printed = (shown.stdout + shown.stderr).strip()[-200:]
+        raise UserError(f"{path} --version says {printed!r}; give a Chromium or Firefox as web:BROWSER")
+    return found.group()
+
+
+class Browser:
+    """A browser of its own on one page, with a new profile that goes with it."""
+
+    def __init__(self, path: str, url: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-", ignore_cleanup_errors=True)
+        profile = Path(self._folder.name) / "profile"
+        profile.mkdir()
+        self._log = Path(self._folder.name) / "log"
+        if "firefox" in Path(path).name.lower():
+            lines = [f'user_pref("{name}", {json.dumps(value)});\n' for name, value in _FIREFOX_PREFERENCES.items()]
+            (profile / "user.js").write_text("".join(lines))
+            command = [path, *_FIREFOX, "--profile", str(profile), url]
+        else:
+            root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
+            command = [path, *_CHROMIUM, *root, f"--user-data-dir={profile}", url]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def log(self) -> str:
+        """The last lines that it printed."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:])
+
+    def peak_rss_mb(self) -> float:
+        """Highest resident memory of each of its processes, added up, in MB (10^6 bytes): pages that they share count in each."""
+        import psutil
+
+        from gcvit_edge.targets._worker import peak_rss_mb
+
+        total = 0.0
+        for process in self._processes():
+            try:
+                total += peak_rss_mb(process.pid)
+            except (psutil.Error, OSError, StopIteration):  # it ended meanwhile
+                continue
+        return total
+
+    def close(self) -> None:
+        """Ends every process of it and removes the profile."""
+        import psutil
+
+        processes = self._processes()
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait()
+        psutil.wait_procs(processes, timeout=10)
+        self._folder.cleanup()
+
+    def _processes(self) -> "list[psutil.Process]":
+        import psutil
+
+        try:
+            browser = psutil.Process(self._process.pid)
+            return [browser, *browser.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []

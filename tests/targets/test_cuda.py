@@ -1,0 +1,132 @@
+"""The GPU target on a machine without one: the refusal, and the same code on the CPU, all but CUDA graphs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from target_contract import BRIEF
+
+from gcvit_edge import export_float, load_model
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.cli import main
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.targets import Case, cuda
+from gcvit_edge.targets._cuda_worker import quantize_linears
+from gcvit_edge.timing import time_sessions
+
+without_gpu = pytest.mark.skipif(cuda.missing() is None, reason="this machine has a GPU")
+
+
+def cases(bundle: Bundle, weights: Path, arithmetic: str) -> list[Case]:
+    return cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, arithmetic))
+
+
+@pytest.fixture(scope="module")
+def two_backends(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_float(weights=str(weights), backends=["onnx", "openvino"], output=tmp_path_factory.mktemp("two") / "bundle", threads=1)
+
+
+@without_gpu
+def test_refused_without_a_gpu(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", str(bundle.root), "--target", "cuda"]) == 2
+    assert "target 'cuda' cannot be used here: " in " ".join(capsys.readouterr().err.split())
+
+
+@without_gpu
+@pytest.mark.parametrize(("address", "message"), [("", "there is no GPU 0: PyTorch finds 0"), ("cpu", "give the number of a GPU")])
+def test_a_gpu_that_is_not_there(address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message), cuda.connect(address, cuda.Options()):
+        pass
+
+
+def test_ways_of_pytorch(bundle: Bundle, weights: Path) -> None:
+    found = cases(bundle, weights, "bfloat16")
+    assert [case.name for case in found] == [
+        "pytorch.float (eager, bfloat16)",
+        "pytorch.float (compiled, bfloat16)",
+        "pytorch.float (CUDA graphs, bfloat16)",
+        "pytorch.float (compiled, CUDA graphs, bfloat16)",
+        "pytorch.int8 (torchao, compiled, CUDA graphs, bfloat16)",
+    ]
+    assert {case.golden for case in found} == {bundle.artifact("onnx")}
+    assert cases(bundle, weights, "float32")[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 80
+    assert found[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 25
+    assert found[-1].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 20
+
+
+def test_an_int8_golden_lowers_the_floor(bundle: Bundle, weights: Path) -> None:
+    artifact = replace(bundle.artifact(), precision="int8")
+    (case, *_) = cuda._pytorch_cases([artifact], cuda.Options(weights))
+    assert case.golden == artifact
+    (bundle.root / "golden" / "onnx.int8.npy").write_bytes((bundle.root / "golden" / "onnx.float.npy").read_bytes())
+    try:
+        assert case.check(bundle.golden_logits(artifact), bundle).minimum_db == 20
+    finally:
+        (bundle.root / "golden" / "onnx.int8.npy").unlink()
+
+
+def test_options_that_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    assert cuda._pytorch_cases(bundle.artifacts, cuda.Options()) == []
+    with pytest.raises(UserError, match="unknown arithmetic 'bfloat'; did you mean 'bfloat16'"):
+        cases(bundle, tmp_path, "bfloat")
+    with pytest.raises(UserError, match=r"none\.pth does not exist; give --weights the file that the bundle was made of"):
+        cases(bundle, tmp_path / "none.pth", "tf32")
+
+
+def test_artifacts_run_where_their_runtime_has_a_gpu_build(pte_bundle: Bundle) -> None:
+    found = cuda._artifact_cases(pte_bundle.artifacts, {"onnx": "CUDA provider"})
+    assert [case.name for case in found] == ["onnx.float (CUDA provider)"]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "tf32", "float16", "bfloat16"])
+def test_pytorch_reproduces_the_golden_logits(arithmetic: str, bundle: Bundle, weights: Path) -> None:
+    case = cases(bundle, weights, arithmetic)[0]
+    with cuda.Gpu("cpu").open(case, 1, pinned=True) as session:
+        assert (session.runtime, session.runtime_version) == ("torch", torch.__version__.partition("+")[0])
+        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+        assert parity.passed, parity
+        (timing,) = time_sessions([session], bundle.golden_input()[:1], 1, BRIEF, lambda: None)
+        assert len(timing.samples) == 6
+
+
+def test_torchao(bundle: Bundle, weights: Path) -> None:
+    case = replace(cases(bundle, weights, "float32")[-1], execution="torchao, eager")
+    with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
+        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+    assert parity.passed
+    assert parity.sqnr_db < 60  # it is in INT8
+
+
+def test_linears_that_cublas_cannot_run_stay_in_float(weights: Path) -> None:
+    model = load_model(str(weights))[0]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    before = {name: type(model.get_submodule(name).weight) for name in names}
+    with torch.no_grad():
+        count = quantize_linears(model, torch.zeros(1, 3, 64, 64))
+    changed = [name for name in names if type(model.get_submodule(name).weight) is not before[name]]
+    assert 0 < len(changed) == count < len(names)
+    assert "head.fc" not in changed
+    assert any(name.endswith("qkv") for name in changed)
+
+
+@pytest.mark.slow
+def test_compiled(bundle: Bundle, weights: Path) -> None:
+    case = cases(bundle, weights, "float32")[1]
+    with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
+        assert case.check(session.infer(bundle.golden_input(), lambda: None), bundle).passed
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_artifacts(backend: str, two_backends: Bundle) -> None:
+    case = Case(two_backends.artifact(backend), "on the device")
+    with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
+        assert session.runtime == {"onnx": "onnxruntime"}.get(backend, backend)
+        assert case.check(session.infer(two_backends.golden_input(), lambda: None), two_backends).passed
+
+
+def test_a_wrong_checkpoint_is_told(bundle: Bundle, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(CheckFailed, match=r"(?s)broken\.safetensors does not run in pytorch.*truncated"):
+        cuda.Gpu("cpu").open(cases(bundle, broken, "float32")[0], 1, pinned=False)

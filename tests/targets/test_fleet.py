@@ -1,0 +1,75 @@
+"""Several devices in one report, one of which does not answer, and one whose time says nothing."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from target_contract import BRIEF
+
+import gcvit_edge.targets
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.devices import find_devices
+from gcvit_edge.errors import UserError
+from gcvit_edge.measure import benchmark_bundle
+from gcvit_edge.progress import Steps
+from gcvit_edge.report.devices import benchmark_table, machine_lines
+
+ABSENT = '''
+from gcvit_edge.errors import UserError
+from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, cases, missing
+
+HELP = "a device that is off"
+
+
+def connect(address, options):
+    raise UserError("it does not answer; switch it on")
+'''
+EMULATED = '''
+from gcvit_edge.targets.local import ADDRESS, Options, cases, connect, missing
+
+HELP = "this machine, as if it were emulated"
+MEASURES_TIME = False
+'''
+PICKY = '''
+from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, connect, missing
+
+HELP = "runs openvino"
+
+
+def cases(artifacts, options):
+    return []
+'''
+
+
+@pytest.fixture(autouse=True)
+def more_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(gcvit_edge.targets, "__path__", [*gcvit_edge.targets.__path__, str(tmp_path)])
+    yield
+    for name in files:
+        sys.modules.pop(f"gcvit_edge.targets.{name}", None)
+
+
+def test_a_device_that_fails_does_not_end_the_others(bundle: Bundle) -> None:
+    devices = find_devices(["absent", "emulated", "local"], None, 1, {})
+    report = benchmark_bundle(bundle, devices, BRIEF, Steps(), ["onnx"])
+    absent, emulated, local = report.runs
+    assert (absent.results, absent.machine, absent.error) == ((), None, "it does not answer; switch it on")
+    (here,), (there,) = local.results, emulated.results
+    assert here.latency is not None
+    assert here.energy_j is None or min(here.energy_j.values()) >= 0
+    assert (there.latency, there.load_ms, there.first_ms, there.peak_rss_mb, there.energy_j) == (None,) * 5
+    assert there.parity.passed
+    assert emulated.emulated
+    assert benchmark_table(report).row_count == 3
+    assert machine_lines(report)[0].startswith("emulated: ")
+    assert machine_lines(report)[0].endswith("; 1 thread; emulated: no times")
+
+
+@pytest.mark.parametrize(("name", "message"), [("absent", "switch it on"), ("picky", "picky runs nothing of onnx.float; picky: runs")])
+def test_the_only_device_ends_the_command(name: str, message: str, bundle: Bundle) -> None:
+    with pytest.raises(UserError, match=message):
+        benchmark_bundle(bundle, find_devices([name], None, 1, {}), BRIEF, Steps(), ["onnx"])

@@ -1,0 +1,76 @@
+"""This machine: pinning, the protocol of the process, and what happens when it dies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.targets.local import Session, spread_cpus
+
+
+def test_pinned_to_as_many_cpus_as_threads(bundle: Bundle) -> None:
+    artifact = bundle.artifact("onnx")
+    cpus = spread_cpus()
+    assert sorted(cpus) == sorted(os.sched_getaffinity(0))
+    with Session(artifact, 1, pinned=True) as pinned, Session(artifact, 1) as free, Session(artifact, len(cpus), pinned=True) as every:
+        assert os.sched_getaffinity(pinned._process.pid) == ({cpus[0]} if len(cpus) > 1 else set(cpus))
+        assert os.sched_getaffinity(free._process.pid) == set(cpus)
+        assert os.sched_getaffinity(every._process.pid) == set(cpus)
+
+
+def test_siblings_of_a_core_come_last(tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    for cpu in cpus:  # the first two share a core, each other has its own
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        siblings = cpus[:2] if cpu in cpus[:2] else [cpu]
+        (folder / "thread_siblings_list").write_text(",".join(map(str, siblings)) + "\n")
+    assert spread_cpus(tmp_path) == [cpus[0], *cpus[2:], cpus[1]]
+
+
+def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
+    artifact, inputs = bundle.artifact("onnx"), bundle.golden_input()
+    inputs.tofile(tmp_path / "in.f32")
+    inputs[:1].tofile(tmp_path / "one.f32")
+    shape = "\t".join(map(str, inputs.shape))
+    commands = (
+        f"infer\t{tmp_path}/in.f32\t{tmp_path}/out.f32\t{shape}\n"
+        f"time\t{tmp_path}/one.f32\t2\t{shape.partition(chr(9))[2]}\n"
+        "memory\n"
+    )
+    worker = [sys.executable, "-m", "gcvit_edge.targets._worker", "onnx", str(artifact.path), "1"]
+    done = subprocess.run(worker, input=commands, capture_output=True, text=True, timeout=60, check=True)
+    ready, *images, finished, timed, memory = map(json.loads, done.stdout.splitlines())
+    assert set(ready) == {"load_ms", "runtime_rss_mb", "runtime", "runtime_version"}
+    assert images == [{"done": 1}] * len(inputs)
+    assert finished == {"finished": True}
+    assert len(timed["ms"]) == 2
+    assert isinstance(timed["joules"], dict)
+    assert memory["peak_rss_mb"] > ready["runtime_rss_mb"]
+    logits = np.fromfile(tmp_path / "out.f32", "<f4").reshape(len(inputs), -1)
+    np.testing.assert_allclose(logits, bundle.golden_logits(artifact), atol=1e-4)
+
+
+def test_a_process_that_dies_says_why(bundle: Bundle) -> None:
+    with Session(bundle.artifact("onnx"), 1) as session:
+        wrong = np.zeros((1, 3, 7, 7), np.float32)
+        with pytest.raises(CheckFailed, match=r"model\.float\.onnx does not run in onnx \(process ended with 1\)"):
+            session.infer(wrong, lambda: None)
+
+
+def test_nothing_is_left_behind(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Session(bundle.artifact("onnx"), 1) as session:
+        session.infer(bundle.golden_input(), lambda: None)
+        assert list(tmp_path.iterdir())
+        process = session._process
+    assert list(tmp_path.iterdir()) == []
+    assert process.returncode is not None

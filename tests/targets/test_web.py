@@ -1,0 +1,172 @@
+"""The browser: what its page may ask for, what happens when it fails, and that nothing is left of it."""
+
+import hashlib
+import io
+import os
+import shutil
+import signal
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from target_contract import check_target
+
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.targets import Case, web
+from gcvit_edge.targets.web import _runtime
+from gcvit_edge.targets.web._browser import browser_version, find_browser
+from gcvit_edge.targets.web._server import GONE, PageServer
+
+
+@pytest.fixture(scope="module")
+def usable() -> None:
+    missing = web.missing()
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[PageServer]:
+    (tmp_path / "page.js").write_text("run()")
+    server = PageServer({"page.js": tmp_path / "page.js"})
+    yield server
+    server.close()
+
+
+def program(path: Path, script: str, version: str = "Chromium 1.2.3") -> str:
+    """A browser that is a shell script."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\n{script}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def open_in(browser: str, bundle: Bundle, timeout: int) -> str:
+    """What is said when the ONNX model cannot be loaded in that browser."""
+    with web.connect(browser, web.Options(timeout=timeout)) as connection, pytest.raises(CheckFailed) as failed:
+        connection.open(Case(bundle.artifact("onnx"), "wasm"), 1, pinned=False)
+    return str(failed.value)
+
+
+def get(server: PageServer, name: str) -> bytes:
+    with urllib.request.urlopen(server.url.replace("page.html", name), timeout=5) as response:
+        assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        return response.read()
+
+
+def test_what_the_server_gives(server: PageServer) -> None:
+    server.images = np.arange(12, dtype="<f4").reshape(2, 3, 2, 1)
+    assert get(server, "page.js") == b"run()"
+    np.testing.assert_array_equal(np.frombuffer(get(server, "images/1"), "<f4"), np.arange(6, 12))
+    for name in ("images/2", "images/x", "other", "../page.js"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(server, name)
+
+
+def test_only_the_page_knows_the_address(server: PageServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    stranger = server.url.replace(server.token, "guessed")
+    for data in (None, b"{}"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(stranger.replace("page.html", "page.js" if data is None else "answer"), data, timeout=5)
+    assert server.answers.empty()
+
+
+def test_a_page_that_goes_is_noticed(server: PageServer) -> None:
+    response = urllib.request.urlopen(server.url.replace("page.html", "commands"), timeout=5)
+    server.commands.put(("load", {}))
+    assert response.readline() == b'data: ["load", {}]\n'
+    response.close()
+    assert server.answers.get(timeout=10) == {"error": GONE}
+
+
+def test_browsers_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="browser 'netscape' is not on PATH"):
+        find_browser("netscape")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no browser on PATH .looked for chromium, .*apt install chromium"):
+        find_browser("")
+    assert "no browser on PATH" in (web.missing() or "")
+    with pytest.raises(UserError, match="--version says 'hello'"):
+        browser_version(program(tmp_path / "greeter", "", version="hello"))
+
+
+def test_a_timeout_must_be_positive() -> None:
+    with pytest.raises(UserError, match="timeout must be at least 1 second, got 0"), web.connect("", web.Options(timeout=0)):
+        pass
+
+
+def test_a_browser_that_ends(usable: None, bundle: Bundle, tmp_path: Path) -> None:
+    said = open_in(program(tmp_path / "broken", "echo no display >&2; exit 3"), bundle, 20)
+    assert said.startswith("model.float.onnx does not run in Chromium 1.2.3: the browser ended with 3")
+    assert said.endswith("no display")
+
+
+def test_a_page_that_never_answers(usable: None, bundle: Bundle, tmp_path: Path) -> None:
+    said = open_in(program(tmp_path / "silent", "sleep 60"), bundle, 1)
+    assert "the page did not answer within 1 s; give it longer with --timeout, or try another browser as web:BROWSER" in said
+
+
+def test_a_tab_that_crashes(usable: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with web.connect("", web.Options(timeout=30)) as connection:
+        session = connection.open(Case(bundle.artifact("onnx"), "wasm"), 1, pinned=False)
+        with session:
+            processes = session._browser._processes()  # type: ignore[attr-defined]
+            tabs = [p for p in processes if {"--type=renderer", "-contentproc"} & set(p.cmdline())]
+            assert tabs
+            for tab in tabs:
+                tab.send_signal(signal.SIGKILL)
+            with pytest.raises(CheckFailed, match="the page is gone"):
+                session.time(bundle.golden_input()[:1], 1)
+        assert not [p for p in processes if psutil.pid_exists(p.pid) and p.status() != psutil.STATUS_ZOMBIE]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_page_is_told(usable: None, bundle: Bundle) -> None:
+    with web.connect("", web.Options()) as connection, connection.open(Case(bundle.artifact("onnx"), "wasm"), 2, pinned=False) as session:
+        assert session.runtime_version == _runtime.VERSION
+        with pytest.raises(CheckFailed, match=r"model\.float\.onnx does not run in .*: .*dimension"):
+            session.infer(np.zeros((1, 3, 7, 7), np.float32), lambda: None)
+
+
+@pytest.mark.slow
+def test_contract_in_firefox(usable: None, bundle: Bundle, tmp_path: Path) -> None:
+    firefox = shutil.which("firefox") or shutil.which("firefox-esr")
+    if firefox is None:
+        pytest.skip("needs Firefox")
+    check_target("web", firefox, web.Options(), bundle, tmp_path)
+
+
+def test_the_runtime_is_fetched_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "fetch it (33 MB, by npm) with `python -m gcvit_edge.targets.web`" in (_runtime.missing_runtime() or "")
+    for path in _runtime.runtime_files().values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"changed")
+    assert "expected 11e64bd8ffe1...; fetch it again" in (_runtime.missing_runtime() or "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm is not on PATH"):
+        _runtime.fetch_runtime()
+
+
+def test_another_package_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "package.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name in _runtime._FILES:
+            entry = tarfile.TarInfo(f"package/dist/{name}")
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"evil"))
+    with pytest.raises(UserError, match=f"has sha256 {hashlib.sha256(b'evil').hexdigest()[:12]}.*do not use it"):
+        _runtime.unpack(package)
+    package.write_bytes(b"no archive")
+    with pytest.raises(UserError, match="is no package of onnxruntime-web"):
+        _runtime.unpack(package)

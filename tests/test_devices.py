@@ -1,0 +1,127 @@
+"""Which devices a request means, and that a target is one file: here one is added, with options of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gcvit_edge.targets
+from gcvit_edge.cli import main
+from gcvit_edge.devices import find_devices
+from gcvit_edge.errors import UserError
+
+BOARD = '''
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gcvit_edge.errors import UserError
+from gcvit_edge.targets.local import Local, cases, missing
+
+HELP = "a board; runs everything"
+ADDRESS = "required"
+MEASURES_TIME = True
+
+
+@dataclass(frozen=True)
+class Options:
+    remote_dir: str = field(default="/tmp", metadata={"help": "folder on the board"})
+    runner: Path | None = field(default=None, metadata={"help": "a runner to use"})
+    count: bool = field(default=False, metadata={"help": "count"})
+
+
+@contextmanager
+def connect(address, options):
+    if address == "gone":
+        raise UserError("gone does not answer; check its cable")
+    yield Local()
+'''
+
+
+@pytest.fixture(autouse=True)
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "board.py").write_text(BOARD)
+    monkeypatch.setattr(gcvit_edge.targets, "__path__", [*gcvit_edge.targets.__path__, str(tmp_path / "more")])
+    yield
+    import sys
+
+    sys.modules.pop("gcvit_edge.targets.board", None)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "devices.yaml"
+    path.write_text("desk: {target: 'board:pi@desk', threads: 3, remote_dir: /data}\nhere: {target: local}\n")
+    return path
+
+
+def test_a_name_in_the_file_goes_before_a_target(file: Path) -> None:
+    desk, local = find_devices(["desk", "local"], file, None, {})
+    assert (desk.name, desk.target, desk.address, desk.threads, desk.options.remote_dir) == ("desk", "board", "pi@desk", 3, "/data")
+    assert (local.name, local.target, local.address, local.threads) == ("local", "local", "", None)
+
+
+def test_the_command_line_goes_before_the_file(file: Path) -> None:
+    desk, here = find_devices(["desk", "here"], file, 1, {"remote_dir": "/sd"})
+    assert (desk.threads, desk.options.remote_dir) == (1, "/sd")
+    assert here.threads == 1
+
+
+def test_an_address_may_hold_colons() -> None:
+    (device,) = find_devices(["board:[::1]:22"], None, None, {})
+    assert device.address == "[::1]:22"
+    assert (device.options.remote_dir, device.options.runner) == ("/tmp", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["dest"], {}, "unknown device or target 'dest'; did you mean 'desk'?"),
+        (["board"], {}, "target 'board' needs an address: board:ADDRESS"),
+        (["local:x"], {}, "local takes no address"),
+        (["local:"], {}, "ends with a colon"),
+        (["local"], {"remote_dir": "/sd"}, "--remote-dir: none of the targets local has this option"),
+    ],
+)
+def test_requests_that_are_refused(names: list[str], options: dict[str, str], message: str, file: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        find_devices(names, file, None, options)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("desk: {target: 'board:a', remotedir: /sd}", "unknown option of device desk 'remotedir'; did you mean 'remote_dir'?"),
+        ("desk: {target: 'board:a', threads: many}", "device desk: threads: Input should be a valid integer"),
+        ("desk: {target: 'board:a', threads: 0}", "threads must be at least 1, got 0"),
+        ("desk: {target: 'board:a', count: [1]}", "device desk: count: "),
+        ("desk: {target: 'bord:a'}", "unknown target 'bord'; did you mean 'board'?"),
+        ("desk: ssh", "is no devices file"),
+        ("- desk", "is no devices file"),
+        ("a: {b", "cannot read devices file"),
+    ],
+)
+def test_files_that_are_refused(text: str, message: str, file: Path) -> None:
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        find_devices(["desk"], file, None, {})
+    assert message in str(refused.value)
+
+
+def test_a_target_that_cannot_be_used_says_what_to_install(tmp_path: Path) -> None:
+    changed = BOARD + "\ndef missing():\n    return 'the program boardctl is missing; install the package boardctl'\n"
+    (tmp_path / "more" / "board.py").write_text(changed)
+    with pytest.raises(UserError, match="target 'board' cannot be used here: the program boardctl is missing"):
+        find_devices(["board:a"], None, None, {})
+
+
+def test_options_of_a_target_are_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--remote-dir DIR folder on the board (target board)" in shown
+    assert "--runner RUNNER a runner to use (target board)" in shown
+    assert "--count count (target board)" in shown
+    assert "board, local (some take :ADDRESS)" in shown

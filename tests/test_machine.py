@@ -1,0 +1,112 @@
+"""Facts of a machine, read from what a shell prints on very different ones."""
+
+import platform
+
+import pytest
+
+from gcvit_edge.machine import Machine, parse_facts, this_machine
+
+PI5 = """
+== uname
+Linux 6.6.31+rpt-rpi-2712 aarch64
+== system
+Debian GNU/Linux 12 (bookworm)
+== model
+Raspberry Pi 5 Model B Rev 1.0
+== soc
+
+== cpuinfo
+processor\t: 0
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+
+processor\t: 1
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU part\t: 0xd0b
+
+Model\t\t: Raspberry Pi 5 Model B Rev 1.0
+== meminfo
+MemTotal:        8245248 kB
+MemFree:         5063936 kB
+== governor
+ondemand
+ondemand
+== max_khz
+2400000
+2400000
+== temperature
+61200 cpu-thermal
+62300 cpu_thermal
+ thermal_zone*
+"""
+
+PHONE = """
+== uname
+Linux 5.10.149-android13 aarch64
+== system
+Android 13
+== model
+Pixel 7
+== soc
+GS201
+== cpuinfo
+processor\t: 0
+Features\t: fp asimd asimddp i8mm bf16
+CPU part\t: 0xd05
+processor\t: 1
+CPU part\t: 0xd44
+processor\t: 2
+CPU part\t: 0xfff
+== meminfo
+MemTotal:        7731936 kB
+== governor
+sched_pixel
+powersave
+== max_khz
+1803000
+2850000
+== temperature
+38 battery
+41000 BIG
+-274000 unused
+1000000 broken
+"""
+
+
+def test_raspberry_pi() -> None:
+    assert parse_facts(PI5) == Machine(
+        model="Raspberry Pi 5 Model B Rev 1.0", soc=None, cpu="2x Cortex-A76", architecture="aarch64", features=("asimd", "asimddp"),
+        cpus=2, governor="ondemand", max_mhz=2400, memory_mb=8443.1, temperatures_c={"cpu-thermal": 61.2, "cpu_thermal": 62.3},
+        system="Debian GNU/Linux 12 (bookworm)", kernel="Linux 6.6.31+rpt-rpi-2712",
+    )  # fmt: skip
+    assert parse_facts(PI5).title == "Raspberry Pi 5 Model B Rev 1.0: 2x Cortex-A76, 2 CPUs (asimd, asimddp), 62 °C"
+
+
+def test_phone_with_several_kinds_of_core() -> None:
+    phone = parse_facts(PHONE)
+    assert phone.cpu == "1x Cortex-A55 + 1x Cortex-X1 + 1x Arm part 0xfff"
+    assert (phone.soc, phone.system, phone.governor, phone.max_mhz) == ("GS201", "Android 13", "powersave, sched_pixel", 2850)
+    assert phone.features == ("asimd", "asimddp", "i8mm")
+    assert phone.temperatures_c == {"battery": 38, "BIG": 41}
+
+
+@pytest.mark.parametrize("text", ["", "== uname\n\n== cpuinfo\n"])
+def test_what_a_machine_does_not_say_is_absent(text: str) -> None:
+    machine = parse_facts(text)
+    assert (machine.model, machine.governor, machine.max_mhz, machine.memory_mb, machine.system) == (None,) * 5
+    assert machine.temperatures_c == {}
+    assert machine.cpus == 1
+
+
+def test_this_machine() -> None:
+    machine = this_machine()
+    assert machine.architecture == platform.machine()
+    assert machine.kernel == f"{platform.system()} {platform.release()}"
+    assert machine.cpu
+    assert machine.memory_mb is not None
+    assert machine.memory_mb > 100

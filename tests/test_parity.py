@@ -1,0 +1,49 @@
+"""When golden logits count as reproduced."""
+
+import numpy as np
+import pytest
+
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.parity import check_parity
+
+GOLDEN = np.array([[4.0, 1.0, -2.0, 0.5], [-1.0, 0.2, 3.0, -0.7]], np.float32)
+
+
+def test_equal() -> None:
+    parity = check_parity(GOLDEN, GOLDEN, "float")
+    assert (parity.sqnr_db, parity.same_top1, parity.passed, parity.equal) == (999, 1, True, True)
+    assert parity.describe() == "exactly, top class the same"
+
+
+@pytest.mark.parametrize(("scale", "precision", "passes"), [(1.01, "int8", True), (1.01, "float", False), (1.2, "int8", False)])
+def test_floor_of_each_precision(scale: float, precision: str, passes: bool) -> None:
+    assert check_parity(GOLDEN * np.float32(scale), GOLDEN, precision).passed is passes  # type: ignore[arg-type]
+
+
+def test_another_top_class_fails_though_the_noise_is_low() -> None:
+    golden = np.zeros((1, 1000), np.float32)
+    golden[0, :500] = 3.0
+    golden[0, 0] = 6.0
+    swapped = golden.copy()
+    swapped[0, [0, 1]] = 3.0, 6.0
+    parity = check_parity(swapped, golden, "int8")
+    assert parity.sqnr_db > parity.minimum_db
+    assert parity.same_top1 == 0
+    assert not parity.passed
+
+
+def test_a_tie_may_fall_either_way() -> None:
+    golden = np.array([[2.0, 1.999, -3.0]], np.float32)
+    parity = check_parity(np.array([[1.999, 2.0, -3.0]], np.float32), golden, "int8")
+    assert (parity.same_top1, parity.passed) == (0, True)
+    assert parity.describe().endswith("top class the same in 0%")
+
+
+def test_not_finite() -> None:
+    parity = check_parity(np.full_like(GOLDEN, np.nan), GOLDEN, "int8")
+    assert (parity.sqnr_db, parity.passed) == (-999, False)
+
+
+def test_another_shape() -> None:
+    with pytest.raises(CheckFailed, match=r"gives \(2, 3\) logits, its golden output has \(2, 4\)"):
+        check_parity(GOLDEN[:, :3], GOLDEN, "int8")

@@ -1,0 +1,89 @@
+"""Warm-up, modes and the order of turns, on a session that takes as long as it is told."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gcvit_edge.targets import Session, Timed
+from gcvit_edge.timing import MODES, QUICK, SINGLE_STREAM, Mode, Timing, time_sessions, warm_up
+
+IMAGE = np.zeros((1, 3, 8, 8), np.float32)
+
+
+class Scripted(Session):
+    """Says that inferences took the given milliseconds, then the last of them for ever. log: where it notes its turns."""
+
+    runtime, runtime_version, load_ms, runtime_rss_mb = "scripted", "1.0", 7.0, 50.0
+
+    def __init__(self, ms: Sequence[float], log: list[tuple[str, int]], name: str = "a") -> None:
+        self._ms: Iterator[float] = chain(ms, repeat(ms[-1]))
+        self._log, self._name = log, name
+
+    def infer(self, images: NDArray[np.float32], advance: Callable[[], object]) -> NDArray[np.float32]:
+        raise NotImplementedError
+
+    def time(self, image: NDArray[np.float32], runs: int) -> Timed:
+        self._log.append((self._name, runs))
+        return Timed(tuple(next(self._ms) for _ in range(runs)), {"package-0": 0.5 * runs})
+
+    def peak_rss_mb(self) -> float:
+        return 60.0
+
+    def close(self) -> None:
+        pass
+
+
+def timing(samples: Sequence[float]) -> Timing:
+    return Timing(1, 1.0, 1.0, tuple(samples), 1.0, 1.0, 10, True, {})
+
+
+def test_warm_up_ends_when_two_windows_agree() -> None:
+    assert warm_up(Scripted([10.0], []), IMAGE) == (10, True)
+    assert warm_up(Scripted([*[30.0] * 5, *[20.0] * 5, *[10.0] * 5], []), IMAGE) == (20, True)
+
+
+def test_warm_up_has_a_cap() -> None:
+    ever_faster = [1000 * 0.95 ** (i // 5) for i in range(200)]
+    assert warm_up(Scripted(ever_faster, []), IMAGE) == (100, False)
+
+
+def test_first_inference_and_warm_up_are_no_samples() -> None:
+    (result,) = time_sessions([Scripted([100.0, *[9.0] * 10, 3.0], [])], IMAGE, 1, Mode("quick", 6, 0, 3, True, 50), lambda: None)
+    assert result.first_ms == 100
+    assert result.warm_up_runs == 10
+    assert result.samples == (3.0,) * 6
+    assert result.joules == {"package-0": 3.0}
+    assert (result.load_ms, result.runtime_rss_mb, result.peak_rss_mb) == (7, 50, 60)
+
+
+def test_artifacts_take_turns() -> None:
+    log: list[tuple[str, int]] = []
+    turns: list[int] = []
+    mode = Mode("quick", 4, 0, 2, True, 50)
+    time_sessions([Scripted([1.0], log, "a"), Scripted([2.0], log, "b")], IMAGE, 1, mode, lambda: turns.append(1))
+    assert log[-4:] == [("a", 2), ("b", 2), ("a", 2), ("b", 2)]
+    assert len(turns) == 4 == 2 * mode.turns
+
+
+def test_single_stream_needs_both_the_queries_and_the_time() -> None:
+    assert (SINGLE_STREAM.min_runs, SINGLE_STREAM.min_seconds, SINGLE_STREAM.score) == (1024, 60, 90)
+    (quick,) = time_sessions([Scripted([1.0], [])], IMAGE, 1, SINGLE_STREAM, lambda: None)
+    assert sum(quick.samples) >= 60_000
+    (slow,) = time_sessions([Scripted([500.0], [])], IMAGE, 1, SINGLE_STREAM, lambda: None)
+    assert len(slow.samples) == 1024
+
+
+def test_modes() -> None:
+    assert MODES == {"quick": QUICK, "single-stream": SINGLE_STREAM}
+    assert QUICK.with_turns(4).turns == 4
+    assert QUICK.with_turns(4).min_runs == 4 * QUICK.runs_a_turn
+
+
+@pytest.mark.parametrize(("slow", "noisy"), [(10, False), (30, True)])
+def test_noisy_when_one_in_ten_is_much_slower(slow: int, noisy: bool) -> None:
+    result = timing([10.0] * 85 + [10.0 * (1 + slow / 100)] * 15)
+    assert result.spread == pytest.approx(slow / 100)
+    assert result.noisy is noisy
