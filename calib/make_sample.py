@@ -1,9 +1,10 @@
 """Rebuilds the embedded sample from the original files; the result is the same to the byte.
 
-    python calib/make_sample.py --fashion-mnist DIR [--checkpoint FILE]
+    python calib/make_sample.py --fashion-mnist DIR [--checkpoint FILE] [--all OUT]
 
 DIR holds the four files of Fashion-MNIST as published (*-ubyte.gz; Debian's package dataset-fashion-mnist has them).
 FILE is the checkpoint in timm's key layout, with its .json of classes and preprocessing beside it.
+OUT is a folder for train.zip and test.zip of all 70,000 images, for `gcvit-edge train`.
 """
 
 import argparse
@@ -31,21 +32,36 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
+def write_archive(path: Path, folder: Path, split: str, first: int, count: int | None) -> list[tuple[str, str, str, str]]:
+    """A .zip of images `first` to `first + count` (None: all) of each class; gives the rows of the manifest."""
+    images, labels = read_split(folder, split)
+    stop = None if count is None else first + count
+    rows = []
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for index, name in enumerate(CLASSES):
+            for position in np.flatnonzero(labels == index)[first:stop]:
+                buffer = io.BytesIO()
+                Image.fromarray(images[position]).save(buffer, "PNG", optimize=True)
+                file = f"{name.replace('/', '_')}/{split}-{position:05d}.png"
+                archive.writestr(zipfile.ZipInfo(file), buffer.getvalue())
+                rows.append((path.name, file, name, hashlib.sha256(buffer.getvalue()).hexdigest()))
+    return rows
+
+
 def write_images(folder: Path) -> None:
     """calib.zip, train.zip, eval.zip and manifest.csv."""
     rows = []
     for part, (split, first, count) in PARTS.items():
-        images, labels = read_split(folder, split)
-        with zipfile.ZipFile(HERE / f"{part}.zip", "w", zipfile.ZIP_STORED) as archive:
-            for index, name in enumerate(CLASSES):
-                for position in np.flatnonzero(labels == index)[first : first + count]:
-                    buffer = io.BytesIO()
-                    Image.fromarray(images[position]).save(buffer, "PNG", optimize=True)
-                    file = f"{name.replace('/', '_')}/{split}-{position:05d}.png"
-                    archive.writestr(zipfile.ZipInfo(file), buffer.getvalue())
-                    rows.append((f"{part}.zip", file, name, hashlib.sha256(buffer.getvalue()).hexdigest()))
+        rows += write_archive(HERE / f"{part}.zip", folder, split, first, count)
     with (HERE / "manifest.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("archive", "file", "class", "sha256"), *rows])
+
+
+def write_all(folder: Path, out: Path) -> None:
+    """train.zip and test.zip of every image."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, split in (("train", "train"), ("test", "t10k")):
+        write_archive(out / f"{name}.zip", folder, split, 0, None)
 
 
 def write_checkpoint(source: Path) -> None:
@@ -70,7 +86,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fashion-mnist", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--all", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     write_images(arguments.fashion_mnist)
     if arguments.checkpoint:
         write_checkpoint(arguments.checkpoint)
+    if arguments.all:
+        write_all(arguments.fashion_mnist, arguments.all)

@@ -22,7 +22,7 @@ MAX_UNREADABLE = 0.05  # fraction of images that may fail to decode before it is
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class Preprocessing(BaseModel):
@@ -45,9 +45,9 @@ class Preprocessing(BaseModel):
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resized and cropped pixels, (H, W, 3) uint8."""
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = upright_rgb(image)
         height, width = self.size
-        filter_ = _RESAMPLING[self.interpolation]
+        filter_ = RESAMPLING[self.interpolation]
         if self.mode == "squash":
             return np.asarray(image.resize((width, height), filter_))
         short, long = sorted(image.size)
@@ -73,7 +73,7 @@ class Preprocessing(BaseModel):
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"height": height, "width": width} if squash else {"shortest_edge": self.resize},
-            "resample": int(_RESAMPLING[self.interpolation]),
+            "resample": int(RESAMPLING[self.interpolation]),
             "do_center_crop": not squash,
             "crop_size": {"height": height, "width": width},
             "do_rescale": True,
@@ -82,6 +82,11 @@ class Preprocessing(BaseModel):
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it shown, in RGB."""
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def default_preprocessing(size: tuple[int, int], crop_pct: float, squash: bool = False) -> Preprocessing:
@@ -100,7 +105,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
         crop = data.get("crop_size") or data["size"]
         size = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
         resize = data["size"] if isinstance(data["size"], dict) else {"shortest_edge": data["size"]}
-        names = {int(value): name for name, value in _RESAMPLING.items()}
+        names = {int(value): name for name, value in RESAMPLING.items()}
         return Preprocessing(
             size=size,
             resize=resize.get("shortest_edge", min(size)),
@@ -265,32 +270,57 @@ def decode_images(
     out = np.lib.format.open_memmap(file, "w+", np.uint8, (len(images.files), height, width, 3))
     kept, skipped = [], []
     with ThreadPoolExecutor() as pool:
-        for position, pixels in enumerate(pool.map(_decoder(images.root, preprocessing), images.files)):
+        for position, pixels in enumerate(pool.map(decoder(images.root, preprocessing.pixels), images.files)):
             advance()
             if pixels is None:
                 skipped.append(images.files[position])
             else:
                 out[len(kept)] = pixels
                 kept.append(position)
-    if len(skipped) > max(1, MAX_UNREADABLE * len(images.files)) or not kept:
-        raise UserError(
-            f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(skipped[:5])}"
-            + (", ..." if len(skipped) > 5 else "")
-            + "; repair or remove them"
-        )
+    _check_skipped(images, skipped)
     out.flush()
     if skipped:
         np.save(file, np.array(out[: len(kept)]))
     return Pixels(file, np.array(kept, np.int64), tuple(skipped))
 
 
-def _decoder(root: Path, preprocessing: Preprocessing) -> Callable[[str], NDArray[np.uint8] | None]:
+def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: None) -> NDArray[np.int64]:
+    """Positions of the images that decode; calls `advance` after each.
+
+    Raises:
+        UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
+    """
+    def probe(image: Image.Image) -> NDArray[np.uint8]:
+        image.draft("RGB", (1, 1))  # for JPEG: all of the file is read, at an eighth of the resolution
+        image.load()
+        return np.empty(0, np.uint8)
+
+    kept, skipped = [], []
+    with ThreadPoolExecutor() as pool:
+        for position, found in enumerate(pool.map(decoder(images.root, probe), images.files)):
+            advance()
+            (skipped if found is None else kept).append(position)
+    _check_skipped(images, [images.files[position] for position in skipped])
+    return np.array(kept, np.int64)
+
+
+def _check_skipped(images: ImageFolder, skipped: list[str]) -> None:
+    if len(skipped) > max(1, MAX_UNREADABLE * len(images.files)) or len(skipped) == len(images.files):
+        raise UserError(
+            f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(skipped[:5])}"
+            + (", ..." if len(skipped) > 5 else "")
+            + "; repair or remove them"
+        )
+
+
+def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> Callable[[str], NDArray[np.uint8] | None]:
+    """A function from a name below `root`, a folder or a .zip, to what `convert` makes of the image; None if it does not decode."""
     archive = None if root.is_dir() else zipfile.ZipFile(root)  # reads from several threads are safe
 
     def decode(name: str) -> NDArray[np.uint8] | None:
         try:
             with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
-                return preprocessing.pixels(image)
+                return convert(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error):
             return None
 
@@ -305,7 +335,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     """
     if not path.is_file():
         raise UserError(f"image {path} does not exist")
-    pixels = _decoder(path.parent, preprocessing)(path.name)
+    pixels = decoder(path.parent, preprocessing.pixels)(path.name)
     if pixels is None:
         raise UserError(f"image {path} does not decode; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
     return preprocessing.normalize(pixels)

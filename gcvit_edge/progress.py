@@ -5,9 +5,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 Advance = Callable[[], object]
+
+
+class Bar:
+    """A step under way: called once per unit; `note` says how it goes, beside its name."""
+
+    def __init__(self, name: str, progress: Progress | None = None, total: int | None = None, done: int = 0) -> None:
+        self.text = self._name = escape(name)
+        self._progress = progress
+        self._task = None if progress is None else progress.add_task(self.text, total=total, completed=done)
+
+    def __call__(self) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task)
+
+    def note(self, text: str) -> None:
+        self.text = f"{self._name}: {escape(text)}"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=self.text)
 
 
 class Steps:
@@ -18,16 +37,17 @@ class Steps:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """A step; the body calls what it gets once per unit of `total`."""
+    def step(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+        """A step; the body calls what it gets once per unit of `total`, of which `done` were done before."""
         start = time.perf_counter()
         if self.console is not None and self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            with Progress(*(columns if total else (*columns[:2], TimeElapsedColumn())), console=self.console, transient=True) as bar:
-                task = bar.add_task(name, total=total)
-                yield lambda: bar.advance(task)
+            with Progress(*(columns if total else (*columns[:2], TimeElapsedColumn())), console=self.console, transient=True) as progress:
+                bar = Bar(name, progress, total, done)
+                yield bar
         else:
-            yield lambda: None
+            bar = Bar(name)
+            yield bar
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if self.console is not None:
-            self.console.print(f"[green]done[/] {name} [dim]{self.seconds[name]:.1f} s[/]", highlight=False)
+            self.console.print(f"[green]done[/] {bar.text} [dim]{self.seconds[name]:.1f} s[/]", highlight=False)

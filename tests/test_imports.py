@@ -14,7 +14,7 @@ PACKAGE = Path(gcvit_edge.__file__).parent
 BACKENDS = sorted(path.stem for path in (PACKAGE / "backends").glob("*.py") if not path.stem.startswith("_"))
 RUNTIMES = {"torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch"}
 LIGHT = ["data", "evaluate", "recipe", "bundle", "errors", "registry", "artifact", "machine", "measure", "timing", "parity", "result",
-         "devices", "model/info"]  # fmt: skip
+         "devices", "model/info", "schema", "training/settings"]  # fmt: skip
 
 
 def imported(nodes: list[ast.stmt]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The command line: one module a verb; the file name is the verb.
 
-A verb module (`build_runner.py` is `build-runner`) has `HELP`, `add_arguments(parser)` and `run(arguments) -> Result`; it
-imports what is heavy inside `run`. Here the verbs are put together, errors become exit codes, and output is kept apart: standard
-output has the result alone.
+A verb module (`build_runner.py` is `build-runner`) has `HELP`, `add_arguments(parser)` and `run(arguments, errors) -> Result`; it
+imports what is heavy inside `run`. It gives None where another process of the same run shows the result. Here the verbs are put
+together, errors become exit codes, and output is kept apart: standard output has the result alone.
 """
 
 import argparse
@@ -29,7 +29,7 @@ exit codes:
   3  made and checked, but an accuracy limit of the recipe is broken
   4  a check failed: a changed bundle, a broken baseline, a device that fails
   5  an artifact gives other logits than its golden ones
-  130  interrupted; nothing was written
+  130  interrupted; nothing was written (train: the run so far, for --resume)
 """
 
 
@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     with captured_noise() as streams:
         errors = Console(file=streams.err, stderr=True)
         try:
-            result: Result = arguments.run(arguments, errors)
+            result: Result | None = arguments.run(arguments, errors)
+            if result is None:
+                return 0
             if arguments.json:
                 print(json.dumps(result.data, indent=2), file=streams.out)
             else:
@@ -89,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             errors.print("[bold red]error:[/] ", end="")
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             return error.exit_code
-        except KeyboardInterrupt:
-            errors.print("interrupted; nothing was written")
+        except KeyboardInterrupt as interruption:
+            errors.print(str(interruption) or "interrupted; nothing was written", markup=False, highlight=False, soft_wrap=True)
             return 130
         except BrokenPipeError:
             return 1

@@ -52,6 +52,17 @@ def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
     return table
 
 
+def epochs_table(epochs: list[dict[str, Any]]) -> Table:
+    """How a training run went."""
+    table = Table(title="Training", title_justify="left", box=box.SIMPLE)
+    for heading in ("epoch", "loss", "accuracy", "evaluation", "seconds"):
+        table.add_column(heading, justify="right")
+    for number, epoch in enumerate(epochs, 1):
+        evaluation = "" if epoch["evaluation"] is None else f"{epoch['evaluation']:.2%}"
+        table.add_row(str(number), f"{epoch['loss']:.3f}", f"{epoch['accuracy']:.1%}", evaluation, f"{epoch['seconds']:.1f}")
+    return table
+
+
 def seconds_table(seconds: dict[str, float]) -> Table:
     """Where the time went."""
     table = Table(title="Where the time went", title_justify="left", box=box.SIMPLE)

@@ -1,0 +1,96 @@
+"""Training images: which ones in which order, augmented how. All of it follows from (seed, epoch, image), so that neither the
+number of processes nor an interruption changes what the network sees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from gcvit_edge.data import ImageFolder, Preprocessing, decoder, upright_rgb
+from gcvit_edge.errors import UserError
+from gcvit_edge.training.settings import Augmentation
+
+Convert = Callable[[Image.Image], NDArray[np.uint8]]
+_ORDER = 0  # beside the numbers of images in a seed: that of an epoch's order
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with the class index of each, and the preprocessing that makes network inputs of them. classes: (N,) int64."""
+
+    images: ImageFolder
+    classes: NDArray[np.int64]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others: SHA-256 of all names and classes, and the preprocessing."""
+        digest = sha256("\n".join(self.images.files).encode() + self.classes.tobytes()).hexdigest()
+        return {"images": digest, "preprocessing": self.preprocessing.model_dump(mode="json")}
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Network inputs (3, H, W) float32 and class indices. Without augmentation they are what the artifacts get.
+
+    Raises, on access:
+        UserError: the image does not decode.
+    """
+
+    def __init__(self, data: LabelledImages, augmentation: Augmentation | None = None, seed: int = 0, epoch: int = 0) -> None:
+        self.data, self.seed, self.epoch = data, seed, epoch
+        self._convert = data.preprocessing.pixels if augmentation is None else augmenter(data.preprocessing, augmentation)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        torch.default_generator.manual_seed(derived_seed(self.seed, self.epoch, index + 1))
+        pixels = self._decode(self.data.images.files[index])
+        if pixels is None:
+            raise UserError(f"image {self.data.images.files[index]} of {self.data.images.root} does not decode any more")
+        return torch.from_numpy(self.data.preprocessing.normalize(pixels)[0]), int(self.data.classes[index])
+
+    @cached_property
+    def _decode(self) -> Callable[[str], NDArray[np.uint8] | None]:
+        return decoder(self.data.images.root, self._convert)  # opened by the process that reads: archives cannot be shared
+
+
+def augmenter(preprocessing: Preprocessing, augmentation: Augmentation) -> Convert:
+    """Image to augmented pixels (H, W, 3) uint8 of the preprocessing's size; draws from PyTorch's default generator."""
+    interpolation = v2.InterpolationMode(preprocessing.interpolation)
+    steps: list[torch.nn.Module] = [
+        v2.RandomResizedCrop(preprocessing.size, scale=augmentation.crop_scale, interpolation=interpolation),
+        v2.RandomHorizontalFlip(augmentation.flip),
+    ]
+    if augmentation.rand_augment:
+        steps.append(v2.RandAugment(2, augmentation.rand_augment))
+    if strength := augmentation.color_jitter:
+        steps.append(v2.ColorJitter(strength, strength, strength))
+    transform = v2.Compose(steps)
+    return lambda image: np.asarray(transform(upright_rgb(image)))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of `count` images in an epoch, a permutation."""
+    return np.random.default_rng((seed, epoch, _ORDER)).permutation(count)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that depends on all of `numbers`, and shows no likeness between those of neighbours."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def loader(samples: Samples, batches: Sequence[Sequence[int]], device: torch.device, workers: int) -> DataLoader[list[Tensor]]:
+    """Batches of images (B, 3, H, W) float32 and classes (B,) int64, read ahead by `workers` processes (0: by this one)."""
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")  # type: ignore[arg-type]

@@ -1,0 +1,255 @@
+"""The float job: a GC ViT trained on a folder of images, from random weights or from a checkpoint."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, default_preprocessing, find_images, find_readable
+from gcvit_edge.errors import UserError
+from gcvit_edge.evaluate import wilson_interval
+from gcvit_edge.machine import cpu_name
+from gcvit_edge.model.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint, variant_of
+from gcvit_edge.model.create import TIMM_CROP_PCT
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.model.info import ModelInfo, Origin, config_dict
+from gcvit_edge.model.variants import GCViTConfig, variant_config
+from gcvit_edge.progress import Steps
+from gcvit_edge.training.images import LabelledImages
+from gcvit_edge.training.loop import fit, make_accelerator
+from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RANDOM_WEIGHTS = "random weights"
+OWN_LICENCE = "not stated (trained from random weights: the licence is its owner's to give)"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A checked request to train. state: where an interrupted run waits."""
+
+    model: GCViT
+    info: ModelInfo
+    settings: TrainSettings
+    data: LabelledImages
+    evaluation: LabelledImages | None
+    accelerator: "Accelerator"
+    output: Path
+    state: Path
+    resume: bool
+
+
+def plan_training(
+    data: str | Path,
+    output: str | Path,
+    *,
+    eval: str | Path | None = None,
+    model: str | None = None,
+    weights: str | Path | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    freeze_stages: int = 0,
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    licence: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> TrainJob:
+    """Checks a request to train a GC ViT in float.
+
+    data, eval: folders (or .zip) of images, one sub-folder a class. output: the .safetensors to write, in our layout. model:
+    variant; default, that of the weights, else gcvit_xxtiny. weights: a checkpoint or "hf-hub:ID" to start from (None: random);
+    if its classes are not those of the images, it gets a new head. labels: class names in the order of the logits; default, the
+    checkpoint's if they fit, else the folders. image_size: pixels, one side; windows scale with it, position biases are interpolated.
+    drop_path: stochastic depth. freeze_stages: how many of the four stages, the stem with them, keep their weights. device:
+    "auto", "cpu" or "cuda". licence: of the result; default, that of `weights`. resume: continue an interrupted run.
+
+    Raises:
+        UserError: anything that is wrong with the input, before any long step.
+    """
+    settings = settings or TrainSettings()  # type: ignore[call-arg]
+    output = Path(output)
+    state = output.with_name(output.name + ".run")
+    _check_output(output, state, resume, force)
+    if settings.distillation is not None:
+        raise UserError("the settings have a section `distillation`, but training of a float model has no teacher; remove it")
+    if not 0 <= freeze_stages <= 4:
+        raise UserError(f"freeze_stages must be 0 to 4, the stages of GC ViT, got {freeze_stages}")
+    images = find_images(Path(data), "training")
+    evaluation = None if eval is None else find_images(Path(eval), "evaluation")
+    checkpoint = None if weights is None else read_checkpoint(str(weights))
+    labels = _choose_labels(labels, checkpoint, images)
+    classes = class_indices(images, labels)
+    steps_per_epoch(len(images.files), settings)
+    config = _config(checkpoint, model, len(labels.names), image_size, drop_path)
+    if preprocessing is None:
+        preprocessing = _choose_preprocessing(checkpoint, config.img_size)
+    elif preprocessing.size != config.img_size:
+        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {config.img_size}; make the two agree")
+    evaluated = None if evaluation is None else LabelledImages(evaluation, class_indices(evaluation, labels), preprocessing)
+    accelerator = make_accelerator(device)
+    micro_batches(settings, accelerator.num_processes)
+    torch.manual_seed(settings.seed)
+    network = GCViT(config)
+    if checkpoint is not None:
+        load_weights(network, _with_classes(checkpoint, network, labels), str(weights))
+    freeze(network, freeze_stages)
+    epochs = f"{settings.epochs} epoch{'' if settings.epochs == 1 else 's'}"
+    start = RANDOM_WEIGHTS if checkpoint is None else checkpoint.origin.source
+    info = ModelInfo(
+        name=variant_of(config) or "gcvit_custom",
+        config=config_dict(replace(config, drop_path=0.0)),  # training's alone
+        labels=labels,
+        preprocessing=preprocessing,
+        origin=Origin(
+            source=f"gcvit-edge train: {len(images.files)} images, {epochs}, from {start}",
+            layout="gcvit-edge",
+            licence=licence or (OWN_LICENCE if checkpoint is None else checkpoint.origin.licence),
+        ),
+    )
+    return TrainJob(network, info, settings, LabelledImages(images, classes, preprocessing), evaluated, accelerator, output, state, resume)
+
+
+def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
+    """Trains, writes the checkpoint and gives back the report, in every process; the main one alone writes.
+
+    The result is the average of the weights at the end (EMA): nothing is chosen by the evaluation images.
+
+    Raises:
+        UserError: more than 5 % of the images do not decode, or the saved run is of another request.
+        CheckFailed: the loss is not finite.
+    """
+    main = job.accelerator.is_main_process
+    if main and not job.resume:
+        job.state.unlink(missing_ok=True)
+    data, skipped = _readable(job.data, "check training images", job.accelerator, steps)
+    evaluation, skipped_too = (
+        (None, []) if job.evaluation is None else _readable(job.evaluation, "check evaluation images", job.accelerator, steps)
+    )
+    trained, history = fit(
+        job.model, data, job.settings, job.accelerator, state=job.state, resume=job.resume, evaluation=evaluation, steps=steps
+    )
+    if main:
+        assert isinstance(trained, GCViT)  # an average has the type of its model
+        _write(trained.cpu(), job)
+    job.accelerator.end_training()
+    report: dict[str, Any] = {
+        "file": str(job.output),
+        "model": job.info.name,
+        "classes": len(job.info.labels.names),
+        "images": len(data),
+        "skipped_images": [*skipped, *skipped_too],
+        "settings": job.settings.model_dump(mode="json"),
+        "processes": job.accelerator.num_processes,
+        "device": cpu_name() if job.accelerator.device.type == "cpu" else torch.cuda.get_device_name(),
+        "system": platform.platform(),
+        "epochs": [asdict(epoch) for epoch in history],
+    }
+    if evaluation is not None and history[-1].evaluation is not None:
+        top1, count = history[-1].evaluation, len(evaluation)
+        report |= {"evaluation_images": count, "top1": top1, "top1_ci95": list(wilson_interval(round(top1 * count), count))}
+    return report
+
+
+def _write(model: GCViT, job: TrainJob) -> None:
+    """The checkpoint, whole or not at all; then the saved run is of no more use."""
+    partial = job.output.with_name(job.output.name + ".partial")
+    try:
+        save_checkpoint(model, job.info, partial, half=False)
+        partial.replace(job.output)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {job.output}: {error}; the run is saved, so make room and give --resume") from error
+    job.state.unlink()
+
+
+def freeze(model: GCViT, stages: int) -> None:
+    """Keeps the weights of the stem and of the first `stages` stages as they are; with 0, nothing."""
+    frozen = [model.stem, *model.stages[:stages]] if stages else []
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def _check_output(output: Path, state: Path, resume: bool, force: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output must end in .safetensors, got {output.name}")
+    if not output.parent.is_dir():
+        raise UserError(f"the folder {output.parent} of --output does not exist; make it first")
+    if resume and not state.is_file():
+        raise UserError(f"nothing to resume: {state} does not exist; start without --resume")
+    if not force and output.exists():
+        raise UserError(f"{output} exists; give --force to replace it, or another --output")
+    if not force and not resume and state.exists():
+        raise UserError(f"{state} is an interrupted run; give --resume to continue it, or --force to start again")
+
+
+def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images: ImageFolder) -> Labels:
+    """As given; else those of the checkpoint, if the images have just these classes; else the names of the folders."""
+    folders = sorted(set(images.classes))
+    if labels is None and checkpoint is not None and checkpoint.labels is not None:
+        known = checkpoint.labels
+        if set(folders) in (set(known.folders), {name.replace("/", "_") for name in known.names}):
+            labels = known
+    labels = labels or Labels.of(folders)
+    if len(labels.names) < 2:
+        raise UserError(f"{images.root} has images of {len(labels.names)} class; training needs at least two class folders")
+    return labels
+
+
+def _config(checkpoint: Checkpoint | None, name: str | None, classes: int, image_size: int | None, drop_path: float) -> GCViTConfig:
+    """The shape to train."""
+    if name is None and checkpoint is not None:
+        config = checkpoint.config
+    else:
+        config = variant_config(name or "gcvit_xxtiny")
+        if checkpoint is not None:
+            config = replace(config, se_multiple=checkpoint.config.se_multiple)
+    if image_size is not None:
+        config = replace(config, img_size=(image_size, image_size))
+    return replace(config, num_classes=classes, drop_path=drop_path)
+
+
+def _choose_preprocessing(checkpoint: Checkpoint | None, size: tuple[int, int]) -> Preprocessing:
+    """That of the checkpoint, with its crop at another size; else timm's."""
+    found = None if checkpoint is None else checkpoint.preprocessing
+    if found is None:
+        return default_preprocessing(size, TIMM_CROP_PCT)
+    return found.model_copy(update={"size": size, "resize": round(found.resize * min(size) / min(found.size))})
+
+
+def _with_classes(checkpoint: Checkpoint, fresh: GCViT, labels: Labels) -> Checkpoint:
+    """The checkpoint with the head of `fresh` in the place of one for other classes."""
+    same_count = checkpoint.config.num_classes == len(labels.names)
+    if same_count and checkpoint.labels in (None, labels):
+        return checkpoint
+    body = {key: value for key, value in checkpoint.state.items() if not key.startswith("head.")}
+    head = {key: value for key, value in fresh.state_dict().items() if key.startswith("head.")}
+    return replace(checkpoint, state=body | head, config=replace(checkpoint.config, num_classes=len(labels.names)))
+
+
+def _readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps: Steps) -> tuple[LabelledImages, list[str]]:
+    """The images that decode, and the names of the others; looked at by the main process alone."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        with steps.step(name, len(data)) as advance:
+            found = [find_readable(data.images, advance)]
+    kept = broadcast_object_list(found)[0]
+    files, classes = data.images.files, data.images.classes
+    skipped = [files[position] for position in sorted(set(range(len(files))) - set(kept.tolist()))]
+    images = ImageFolder(data.images.root, _pick(files, kept), _pick(classes, kept))
+    return LabelledImages(images, data.classes[kept], data.preprocessing), skipped
+
+
+def _pick(values: tuple[str, ...], positions: Iterable[np.int64]) -> tuple[str, ...]:
+    return tuple(values[position] for position in positions)

@@ -1,0 +1,290 @@
+"""The training loop: any classifier, alone or with a teacher, in one process or several.
+
+Every random number follows from the seed and a position (epoch, image, step, forward pass), and none from the state of a
+generator. So a resumed run continues bit for bit, and two processes draw what one would.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.progress import Bar, Steps
+from gcvit_edge.targets.local import default_threads
+from gcvit_edge.training.images import LabelledImages, Samples, derived_seed, epoch_order, loader
+from gcvit_edge.training.optimization import Groups, average, learning_rate_factor, objective, parameter_groups
+from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
+from gcvit_edge.training.state import read_state, write_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SAVE_SECONDS = 60  # between two saved states within an epoch
+_REPORT_STEPS = 5  # reading the loss makes a GPU wait
+_EVALUATION_BATCH = 32
+_MAX_WORKERS = 8  # processes that decode images for a GPU
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch gave. loss, accuracy: means over the training images as they were seen. evaluation: accuracy of the averaged
+    weights on the evaluation images. seconds: since the epoch began, or was resumed."""
+
+    loss: float
+    accuracy: float
+    evaluation: float | None
+    seconds: float
+
+
+def make_accelerator(device: str) -> "Accelerator":
+    """The processes of this run (one, or those of `accelerate launch`), on "cpu", "cuda", or "auto": CUDA if there is any.
+
+    Raises:
+        UserError: no CUDA device, or Accelerate is not installed.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; check the driver and the PyTorch build, or use --device cpu")
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ModuleNotFoundError as error:
+        raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install gcvit-edge[train]") from error
+    # short networks have weights that no output depends on, such as the global query of a stage without a global block
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+
+
+@dataclass
+class _Run:
+    """A run between two optimizer steps, and the file that it is saved to.
+
+    network is `model` as the processes share it; average is the model with averaged weights. totals: (loss, hits, images) of
+    this epoch so far in this process, float64. identity: what a run must have in common with a saved one to continue it.
+    """
+
+    settings: TrainSettings
+    accelerator: "Accelerator"
+    model: nn.Module
+    network: nn.Module
+    teacher: nn.Module | None
+    average: AveragedModel
+    optimizer: AdamW
+    schedule: LambdaLR
+    totals: Tensor
+    file: Path
+    identity: dict[str, Any]
+    step: int = 0
+    history: list[Epoch] = field(default_factory=list)
+    saved: float = field(default_factory=perf_counter)
+
+    def save(self) -> None:
+        """Writes all that changes, in the main process."""
+        self.saved = perf_counter()
+        if self.accelerator.is_main_process:
+            _check_finite(self.totals)  # a broken run is not worth saving
+            parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+            place = {"step": self.step, "totals": self.totals, "history": [asdict(epoch) for epoch in self.history]}
+            write_state(self.file, self.identity, parts | place)
+
+    def load(self) -> None:
+        """Goes on where the run was saved."""
+        state = read_state(self.file, self.identity)
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.history = state["step"], [Epoch(**epoch) for epoch in state["history"]]
+        if self.accelerator.is_main_process:
+            self.totals.copy_(state["totals"])
+
+
+_PARTS = ("model", "average", "optimizer", "schedule")
+
+
+def fit(
+    model: nn.Module,
+    data: LabelledImages,
+    settings: TrainSettings,
+    accelerator: "Accelerator",
+    *,
+    state: Path,
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    groups: Groups | None = None,
+    evaluation: LabelledImages | None = None,
+    steps: Steps | None = None,
+) -> tuple[nn.Module, list[Epoch]]:
+    """Trains `model` in place; gives the model with the average of its weights, in eval mode, and what every epoch gave.
+
+    model: (B, 3, H, W) float32 -> (B, classes). state: file that the run is saved to, every `SAVE_SECONDS` and after every
+    epoch; `resume` continues from it. teacher: learnt from as `settings.distillation` says. groups: AdamW's parameter groups,
+    each with an "lr" of its own if it wants one; default, `parameter_groups`. evaluation: images of an accuracy after every epoch.
+
+    Processes average their gradients. The random numbers of a forward pass belong to it, so with the same `micro_batch` any
+    number of processes computes what one would, up to the order of sums.
+
+    Raises:
+        UserError: a batch that the images or the processes do not allow; nothing, or another run, to resume; a broken image.
+        CheckFailed: the loss is not finite.
+    """
+    if (teacher is None) != (settings.distillation is None):
+        raise UserError("distillation needs both a teacher and the section `distillation` of the training settings")
+    steps = steps or Steps()
+    per_epoch = steps_per_epoch(len(data), settings)
+    micro_batches(settings, accelerator.num_processes)
+    device = accelerator.device
+    model.to(device)
+    groups = parameter_groups(model, settings.weight_decay) if groups is None else groups
+    optimizer = AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    run = _Run(
+        settings=settings,
+        accelerator=accelerator,
+        model=model,
+        network=model,
+        teacher=None if teacher is None else teacher.to(device).eval(),
+        average=AveragedModel(model, multi_avg_fn=partial(average, limit=settings.ema_decay)).eval(),
+        optimizer=optimizer,
+        schedule=LambdaLR(optimizer, partial(learning_rate_factor, steps=settings.epochs * per_epoch, warmup=settings.warmup)),
+        totals=torch.zeros(3, dtype=torch.float64, device=device),
+        file=state,
+        identity=data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model)},
+    )
+    if resume:
+        run.load()
+    run.network = accelerator.prepare_model(model)
+    with _reproducible(device):
+        for epoch in range(run.step // per_epoch, settings.epochs):
+            first = run.step - epoch * per_epoch
+            with steps.step(f"epoch {epoch + 1} of {settings.epochs}", per_epoch, first) as bar:
+                start = perf_counter()
+                _train_epoch(run, data, epoch, range(first, per_epoch), bar)
+                loss, right = _means(_summed(accelerator, run.totals))
+                correct = None if evaluation is None else accuracy(run.average, evaluation, settings, accelerator)
+                run.history.append(Epoch(loss, right, correct, perf_counter() - start))
+                bar.note(_summary(run.history[-1]))
+            run.totals.zero_()
+            run.save()
+    return run.average.module, run.history
+
+
+def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar: Bar) -> None:
+    """The optimizer steps `steps` of an epoch."""
+    settings, accelerator = run.settings, run.accelerator
+    size, passes = micro_batches(settings, accelerator.num_processes)
+    order = epoch_order(len(data), settings.seed, epoch)[: steps.stop * settings.batch_size]
+    shares = order.reshape(steps.stop, accelerator.num_processes, passes, size)[steps.start :, accelerator.process_index]
+    samples = Samples(data, settings.augmentation, settings.seed, epoch)
+    batches = iter(loader(samples, shares.reshape(-1, size).tolist(), accelerator.device, _workers(accelerator)))
+    run.model.train()
+    for step in steps:
+        for number in range(passes):
+            images, classes = next(batches)
+            # the noise of a forward pass, such as drop path, belongs to its place in the batch
+            torch.manual_seed(derived_seed(settings.seed, run.step, accelerator.process_index * passes + number, 1))
+            with nullcontext() if number == passes - 1 else accelerator.no_sync(run.network):
+                _forward_backward(run, images, classes, passes)
+        if settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.schedule.step()
+        run.average.update_parameters(run.model)
+        run.step += 1
+        bar()
+        if step % _REPORT_STEPS == 0:
+            loss, right = _means(run.totals)
+            bar.note(f"loss {loss:.3f}, accuracy {right:.1%}")
+        if perf_counter() - run.saved > SAVE_SECONDS and step + 1 < steps.stop:
+            run.save()
+
+
+def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -> None:
+    """Adds a forward pass's part of the gradients, 1 / passes of them."""
+    device = run.accelerator.device
+    images, classes = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
+    with _precision(run.settings, device):
+        logits = run.network(images).float()
+        with torch.no_grad():
+            taught = None if run.teacher is None else run.teacher(images).float()
+    loss = objective(logits, classes, taught, run.settings)
+    run.accelerator.backward(loss / passes)
+    hits = (logits.detach().argmax(1) == classes).sum()
+    run.totals += torch.stack([loss.detach().double() * len(classes), hits, hits.new_tensor(len(classes))])
+
+
+def accuracy(model: nn.Module, data: LabelledImages, settings: TrainSettings, accelerator: "Accelerator") -> float:
+    """Fraction of the images whose class has the highest logit, in the precision of the training; shared out over the processes."""
+    device = accelerator.device
+    mine = range(accelerator.process_index, len(data), accelerator.num_processes)
+    batches = [mine[start : start + _EVALUATION_BATCH] for start in range(0, len(mine), _EVALUATION_BATCH)]
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    with torch.inference_mode(), _precision(settings, device):
+        for images, classes in loader(Samples(data), batches, device, _workers(accelerator)):
+            hits += (model(images.to(device)).argmax(1) == classes.to(device)).sum()
+    return _summed(accelerator, hits).item() / len(data)
+
+
+def _summed(accelerator: "Accelerator", tensor: Tensor) -> Tensor:
+    """The sum over all processes."""
+    total = accelerator.reduce(tensor)
+    return total if isinstance(total, Tensor) else tensor
+
+
+def _count(model: nn.Module) -> dict[str, int]:
+    """Numbers of all and of trainable parameters."""
+    return {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def _means(totals: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    _check_finite(totals)
+    loss, hits, images = totals.tolist()
+    return loss / images, hits / images
+
+
+def _check_finite(totals: Tensor) -> None:
+    if not math.isfinite(totals[0].item()):
+        raise CheckFailed("the loss is not finite any more; start again with a lower learning rate (--lr), or with precision float32")
+
+
+def _summary(epoch: Epoch) -> str:
+    text = f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.1%}"
+    return text if epoch.evaluation is None else f"{text}, evaluation {epoch.evaluation:.2%}"
+
+
+def _workers(accelerator: "Accelerator") -> int:
+    """Processes that decode images: on a CPU none, which the network needs for itself."""
+    if accelerator.device.type == "cpu":
+        return 0
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, as launchers say it
+    return min(_MAX_WORKERS, max(1, default_threads() // neighbours))
+
+
+def _precision(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """On a CPU, operators whose threads add in a fixed order; gradients of lookups do not otherwise. Costs nothing there."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

@@ -1,0 +1,41 @@
+"""Progress: a line a step off a terminal, the note behind its name; bars on one."""
+
+import io
+
+from rich.console import Console
+
+from gcvit_edge.progress import Steps
+
+
+def test_a_line_a_step_with_its_last_note() -> None:
+    out = io.StringIO()
+    steps = Steps(Console(file=out, width=100))
+    with steps.step("read", 2) as bar:
+        bar()
+        bar()
+    with steps.step("epoch 1 of 2", 10, done=4) as bar:
+        bar.note("loss 2.0")
+        bar.note("loss 1.5 [red]")
+        bar()
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("done read 0.")
+    assert second.startswith("done epoch 1 of 2: loss 1.5 [red] 0.")
+    assert list(steps.seconds) == ["read", "epoch 1 of 2"]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    with Steps(Console(file=out, width=100, force_terminal=True)).step("epoch", 10, done=4) as bar:
+        bar.note("loss 1.5")
+        for _ in range(6):
+            bar()
+    assert "epoch: loss 1.5" in out.getvalue()
+    assert "10/10" in out.getvalue()
+
+
+def test_silence() -> None:
+    steps = Steps()
+    with steps.step("read") as bar:
+        bar()
+        bar.note("all is well")
+    assert list(steps.seconds) == ["read"]

@@ -1,0 +1,171 @@
+"""The loop: it learns, from labels and from a teacher; it resumes bit for bit; batches may be split."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.training.images import LabelledImages, Samples
+from gcvit_edge.training.loop import Epoch, accuracy, make_accelerator
+from gcvit_edge.training.settings import TrainSettings
+
+Runner = Callable[..., tuple[nn.Module, list[Epoch]]]
+Maker = Callable[..., GCViT]
+
+
+def tensors(value: Any, name: str = "") -> dict[str, Any]:
+    """All that a saved state holds, by name, without the times."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, inner in items for key, leaf in tensors(inner, f"{name}/{part}").items()}
+    return {} if name.endswith("/seconds") else {name: value}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the bit."""
+    a, b = tensors(a), tensors(b)
+    assert set(a) == set(b)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
+
+
+def logits(model: nn.Module, data: LabelledImages) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.stack([Samples(data)[index][0] for index in range(len(data))]))
+
+
+def interrupt_after(model: nn.Module, passes: int) -> None:
+    """Makes a network end like a press of Ctrl-C in a forward pass."""
+    seen: list[None] = []
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        seen.append(None)
+        if len(seen) > passes:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(count)
+
+
+def test_the_loss_falls_and_the_average_classifies(small_model: Maker, run: Runner, colours: LabelledImages) -> None:
+    trained, history = run(small_model(drop_path=0.1), settings={"epochs": 6}, evaluation=colours)
+    assert len(history) == 6
+    assert history[-1].loss < 0.6 * history[0].loss
+    assert history[-1].accuracy > 0.9
+    assert not trained.training
+    right = (logits(trained, colours).argmax(1).numpy() == colours.classes).mean()
+    assert history[-1].evaluation == right > 0.9
+
+
+def test_a_student_learns_from_its_teacher_whatever_the_labels(small_model: Maker, run: Runner, colours: LabelledImages) -> None:
+    teacher = run(small_model(), "teacher", settings={"epochs": 6})[0]
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    wrong = replace(colours, classes=np.roll(colours.classes, 10))
+    student, _ = run(small_model(dim=8), settings={"epochs": 12, "distillation": {}}, teacher=teacher, data=wrong)
+    agreement = (logits(student, colours).argmax(1) == logits(teacher, colours).argmax(1)).float().mean()
+    assert agreement > 0.9
+    assert_same(teacher.state_dict(), before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_same_to_the_bit(
+    small_model: Maker, run: Runner, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gcvit_edge.training.loop.SAVE_SECONDS", 0)  # every step
+    settings = {"epochs": 3, "micro_batch": 4, "precision": precision, "augmentation": {"rand_augment": 5}}
+    whole, history = run(small_model(drop_path=0.2), "whole", settings=settings)
+    model = small_model(drop_path=0.2)
+    interrupt_after(model, 2 * 7 + 1)  # in the middle of the eighth of 15 steps, the third of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        run(model, "parted", settings=settings)
+    assert torch.load(tmp_path / "parted", weights_only=True)["content"]["step"] == 7
+    parted, parted_history = run(small_model(dim=16, drop_path=0.2), "parted", settings=settings, resume=True)
+    assert_same(torch.load(tmp_path / "parted", weights_only=True), torch.load(tmp_path / "whole", weights_only=True))
+    assert_same(parted.state_dict(), whole.state_dict())
+    assert [(e.loss, e.accuracy) for e in parted_history] == [(e.loss, e.accuracy) for e in history]
+    assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == ["parted"]
+
+
+def test_other_seeds_give_other_weights(small_model: Maker, run: Runner) -> None:
+    first, second = (run(small_model(), f"seed{seed}", settings={"epochs": 1, "seed": seed})[0] for seed in (0, 1))
+    assert not torch.equal(first.head.fc.weight, second.head.fc.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_a_split_batch_gives_the_gradient_of_the_whole(small_model: Maker, run: Runner, colours: LabelledImages) -> None:
+    (whole, history), (split, split_history) = (
+        run(small_model(), f"micro{micro}", settings={"micro_batch": micro, "clip_norm": 0.5}) for micro in (8, 2)
+    )
+    assert [e.loss for e in split_history] == pytest.approx([e.loss for e in history], abs=1e-4)
+    # not weight by weight: the biases of keys have no gradient but rounding (softmax takes no notice of them), and AdamW follows it
+    torch.testing.assert_close(logits(split, colours), logits(whole, colours), atol=1e-3, rtol=0)
+
+
+def test_groups_have_their_own_learning_rates(small_model: Maker, run: Runner) -> None:
+    model = small_model()
+    before = model.head.fc.weight.clone(), model.stem.conv1.weight.clone()
+    rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]
+    groups = [{"params": rest, "lr": 0.0}, {"params": model.head.parameters()}]
+    trained, _ = run(model, settings={"epochs": 1}, groups=groups)
+    assert not torch.equal(trained.head.fc.weight, before[0])  # type: ignore[union-attr, arg-type]
+    assert torch.equal(trained.stem.conv1.weight, before[1])  # type: ignore[union-attr, arg-type]
+
+
+def test_accuracy_in_parts_of_any_size(small_model: Maker, colours: LabelledImages) -> None:
+    model = small_model()
+    expected = (logits(model, colours).argmax(1).numpy() == colours.classes).mean()
+    assert accuracy(model, colours, TrainSettings(), make_accelerator("cpu")) == expected
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small_model: Maker, run: Runner, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="the loss is not finite any more; start again with a lower learning rate"):
+        run(small_model(), settings={"learning_rate": 1e30, "warmup": 0, "clip_norm": None})
+    assert not (tmp_path / "state").exists()
+
+
+def test_operators_are_deterministic_in_the_run_alone(small_model: Maker, run: Runner) -> None:
+    model, seen = small_model(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    run(model, settings={"epochs": 1})
+    assert seen == [True] * 5
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_only_the_run_that_was_saved_is_resumed(small_model: Maker, run: Runner, tmp_path: Path, colours: LabelledImages) -> None:
+    run(small_model(), settings={})
+    with pytest.raises(UserError, match=r"is of another run: settings\.augmentation\.flip was 0\.5, is 0\.0; settings\.epochs was 2, is 3"):
+        run(small_model(), settings={"epochs": 3, "augmentation": {"flip": 0}}, resume=True)
+    with pytest.raises(UserError, match="is of another run: images was "):
+        run(small_model(), settings={}, data=replace(colours, classes=colours.classes[::-1].copy()), resume=True)
+    with pytest.raises(UserError, match=r"is of another run: weights\.all was "):
+        run(small_model(dim=8), settings={}, resume=True)
+    with pytest.raises(UserError, match=r"nothing to resume: .*none does not exist"):
+        run(small_model(), "none", settings={}, resume=True)
+    whole = (tmp_path / "state").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no state"):
+        (tmp_path / "state").write_bytes(damaged)
+        with pytest.raises(UserError, match="is no saved run, or a damaged one"):
+            run(small_model(), settings={}, resume=True)
+
+
+def test_what_cannot_be_trained(small_model: Maker, run: Runner) -> None:
+    with pytest.raises(UserError, match="40 training images do not make one batch of 64"):
+        run(small_model(), settings={"batch_size": 64})
+    with pytest.raises(UserError, match="batch_size 8 is no multiple of 3"):
+        run(small_model(), settings={"micro_batch": 3})
+    with pytest.raises(UserError, match="distillation needs both a teacher and the section"):
+        run(small_model(), settings={"distillation": {}})
+    with pytest.raises(UserError, match="distillation needs both a teacher and the section"):
+        run(small_model(), settings={}, teacher=small_model())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device() -> None:
+    with pytest.raises(UserError, match="--device cuda: PyTorch sees no CUDA device"):
+        make_accelerator("cuda")
+    assert make_accelerator("auto").device.type == "cpu"
