@@ -1,9 +1,11 @@
-"""Writes the results table of README.md from reports.
+"""Writes the results tables of README.md from reports.
 
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
+    python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
     python scripts/update_results.py
 
-Each results/NAME.json is the report.json of one run; the table has one row an artifact.
+Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json is what that
+benchmark wrote; the table has one row a runtime.
 """
 
 import json
@@ -43,7 +45,34 @@ def table() -> str:
     return "\n".join([BEGIN, note, "", HEADER, *lines, END])
 
 
+STOCK_BEGIN, STOCK_END = "<!-- vs_stock -->", "<!-- /vs_stock -->"
+STOCK_HEADER = """\
+| model | runtime | stock float | stock INT8 | our float | our INT8 | MB, INT8 of float |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def stock_table() -> str:
+    """Ours against the stock way, markers included."""
+    lines = []
+    for path in sorted((ROOT / "results" / "vs_stock").glob("*.json")):
+        entries = json.loads(path.read_text())
+        for runtime in dict.fromkeys(entry["runtime"] for entry in entries):
+            by = {(entry["form"], entry["precision"]): entry for entry in entries if entry["runtime"] == runtime}
+            cells = [
+                f"{by[key]['p50_ms']:.1f} ms" + (f", {by[key]['speedup_vs_stock_float']:.2f}x" if key != ("stock", "float") else "")
+                for key in (("stock", "float"), ("stock", "int8"), ("ours", "float"), ("ours", "int8"))
+            ]
+            sizes = f"{by['ours', 'int8']['size_bytes'] / 1e6:.1f} of {by['ours', 'float']['size_bytes'] / 1e6:.1f}"
+            lines.append(f"| {path.stem} | {runtime} | {' | '.join(cells)} | {sizes} |")
+    return "\n".join([STOCK_BEGIN, STOCK_HEADER, *lines, STOCK_END])
+
+
+def replaced(text: str, begin: str, section: str, end: str) -> str:
+    """`text` with the section between two markers replaced."""
+    return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
+
+
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    readme.write_text(text[: text.index(BEGIN)] + table() + text[text.index(END) + len(END) :])
+    text = replaced(readme.read_text(), BEGIN, table(), END)
+    readme.write_text(replaced(text, STOCK_BEGIN, stock_table(), STOCK_END))
