@@ -20,7 +20,7 @@ from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny, make_tiny
 from gcvit_edge.cli import main
 from gcvit_edge.recipe import recipe_text
 
-VERBS = ("benchmark", "convert", "doctor", "evaluate", "export", "predict", "quantize", "recipes", "verify")
+VERBS = ("benchmark", "build-runner", "convert", "doctor", "evaluate", "export", "predict", "quantize", "recipes", "verify")
 GOLDEN = Path(__file__).parent / "golden"
 HEAVY = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "scipy", "pandas", "PIL", "numpy")
 

@@ -1,7 +1,8 @@
 """The command line: one module a verb; the file name is the verb.
 
-A verb module has `HELP`, `add_arguments(parser)` and `run(arguments) -> Result`; it imports what is heavy inside `run`. Here the
-verbs are put together, errors become exit codes, and output is kept apart: standard output has the result alone.
+A verb module (`build_runner.py` is `build-runner`) has `HELP`, `add_arguments(parser)` and `run(arguments) -> Result`; it
+imports what is heavy inside `run`. Here the verbs are put together, errors become exit codes, and output is kept apart: standard
+output has the result alone.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in module_names(_package):
         module = load_module(_package, "verb", name)
         verb = verbs.add_parser(
-            name, help=module.HELP.splitlines()[0], description=module.HELP, epilog=EXIT_CODES,
+            name.replace("_", "-"), help=module.HELP.splitlines()[0], description=module.HELP, epilog=EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         module.add_arguments(verb)

@@ -1,0 +1,155 @@
+"""Builds the runner on demand, and keeps it in the cache of this user: `build_runner(architecture)` gives its files.
+
+The runner is built against the headers and libraries of the ExecuTorch wheel of the architecture: the installed one, or one that
+pip downloads once. A build is named after everything that decides it (sources, ExecuTorch, compiler), so nothing goes stale.
+"""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+from gcvit_edge.errors import UserError, unknown_name
+
+RUNNER = "gcvit-edge-runner"
+_SOURCES = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """compiler: its command. packages: Debian's, that have it. cmake: options. wheel: pip's platform, where another machine's
+    wheel of ExecuTorch is needed."""
+
+    compiler: str
+    packages: str
+    cmake: tuple[str, ...] = ()
+    wheel: str | None = None
+
+
+_CROSS = Toolchain(
+    "aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu", (f"-DCMAKE_TOOLCHAIN_FILE={_SOURCES / 'aarch64.cmake'}",), "manylinux_2_28_aarch64"
+)
+_NATIVE = Toolchain("c++", "g++")
+
+
+@dataclass(frozen=True)
+class RunnerFiles:
+    """A built runner. executable: runs FILE.pte, see runner.cpp. libraries: all that it needs besides glibc and libstdc++; it
+    looks for them in its own folder and in `lib` in it."""
+
+    executable: Path
+    libraries: tuple[Path, ...]
+
+
+def host() -> str:
+    """Architecture of this machine, as `uname -m` has it."""
+    return platform.machine()
+
+
+def architectures() -> list[str]:
+    """Those that the runner can be built for here."""
+    return sorted({host(), "aarch64"})
+
+
+def missing_tools(architecture: str) -> str | None:
+    """What building for `architecture` lacks here and how to install it; None if nothing is missing.
+
+    Raises:
+        UserError: unknown architecture.
+    """
+    toolchain = _toolchain(architecture)
+    needed = (("cmake", "cmake"), ("make", "make"), (toolchain.compiler, toolchain.packages))
+    packages = [package for command, package in needed if shutil.which(command) is None]
+    return f"building the runner needs: apt install {' '.join(packages)}" if packages else None
+
+
+def build_runner(architecture: str | None = None) -> RunnerFiles:
+    """The runner for `architecture` ("x86_64", "aarch64"; None is this machine), from the cache if it was built before.
+
+    Raises:
+        UserError: unknown architecture, a tool is missing, ExecuTorch's wheel cannot be downloaded, or the build fails.
+    """
+    architecture = architecture or host()
+    toolchain = _toolchain(architecture)
+    lacks = missing_tools(architecture)
+    if lacks:
+        raise UserError(lacks)
+    executorch = _executorch(toolchain.wheel)
+    sources = ("runner.cpp", "CMakeLists.txt", "aarch64.cmake")
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as work:
+            options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
+            _run(["cmake", "-G", "Unix Makefiles", "-S", str(_SOURCES), "-B", work, *options], "configure the runner")
+            _run(["cmake", "--build", work], "compile the runner")
+            _run(["cmake", "--install", work, "--prefix", str(folder)], "install the runner")
+
+    decided_by = [*_texts(sources), version("executorch"), str(executorch), _identity(toolchain.compiler)]
+    built = _kept(f"runner-{architecture}", decided_by, build)
+    return RunnerFiles(built / RUNNER, tuple(sorted((built / "lib").iterdir())))
+
+
+def _toolchain(architecture: str) -> Toolchain:
+    if architecture not in architectures():
+        raise unknown_name("architecture", architecture, architectures())
+    return _NATIVE if architecture == host() else _CROSS
+
+
+def _executorch(wheel: str | None) -> Path:
+    """The package `executorch` as installed, or unpacked from the same version's wheel for pip's platform `wheel`."""
+    if wheel is None:
+        return Path(str(distribution("executorch").locate_file("executorch")))
+    requirement = f"executorch=={version('executorch').partition('+')[0]}"
+
+    def unpack(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as work:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
+            _run([*pip, f"--platform={wheel}", f"--dest={work}", requirement], f"download {requirement} for {wheel}")
+            with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
+                wanted = ("executorch/include/", "executorch/lib/", "executorch/share/")
+                archive.extractall(folder, [name for name in archive.namelist() if name.startswith(wanted)])
+
+    return _kept(f"wheel-{wheel}", [requirement], unpack) / "executorch"
+
+
+def _kept(name: str, decided_by: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """The folder of the cache that `make` filled from `decided_by`, made now if it is not there; whole or absent."""
+    import platformdirs
+
+    key = hashlib.sha256("\0".join(decided_by).encode()).hexdigest()[:16]
+    root = Path(platformdirs.user_cache_dir("gcvit-edge"))
+    folder = root / f"{name}-{key}"
+    if not folder.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as parent:
+                made = Path(parent) / "made"
+                make(made)
+                made.rename(folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was first
+                raise UserError(f"cannot write {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
+    return folder
+
+
+def _texts(names: Sequence[str]) -> list[str]:
+    return [(_SOURCES / name).read_text(encoding="utf-8") for name in names]
+
+
+def _identity(compiler: str) -> str:
+    """The compiler's own first line about itself."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+
+
+def _run(command: Sequence[str], purpose: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        tail = "\n".join(done.stdout.splitlines()[-20:])
+        raise UserError(f"cannot {purpose}: {command[0]} ended with {done.returncode}:\n{tail}")

@@ -1,0 +1,64 @@
+"""The native runner on this machine: what a program without Python gets from a .pte."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
+from gcvit_edge.targets import Case, Connection
+from gcvit_edge.targets._process import LocalFolder, ProcessSession
+from gcvit_edge.targets.local import default_threads, spread_cpus
+
+if TYPE_CHECKING:
+    from gcvit_edge.artifact import Artifact
+    from gcvit_edge.machine import Machine
+
+HELP = "this machine's CPU by the native C++ runner, built on demand; runs executorch"
+ADDRESS = "none"
+MEASURES_TIME = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """etdump: see its help."""
+
+    etdump: Path | None = field(default=None, metadata={"help": "folder for an ETDump of each .pte's last timed runs, which slows them"})
+
+
+def missing() -> str | None:
+    return missing_tools(host())
+
+
+def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
+    return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
+
+
+@contextmanager
+def connect(address: str, options: Options) -> Iterator[Connection]:
+    yield NativeRunner(build_runner(), options)
+
+
+class NativeRunner(Connection):
+    """This machine, running .pte files by the runner."""
+
+    def __init__(self, files: RunnerFiles, options: Options) -> None:
+        self._files, self._options = files, options
+        self.side_by_side = default_threads()
+
+    def machine(self) -> "Machine":
+        from gcvit_edge.machine import this_machine
+
+        return this_machine().model_copy(update={"cpus": default_threads()})
+
+    def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
+        command = [str(self._files.executable), str(case.artifact.path.resolve()), str(threads)]
+        cpus = spread_cpus() if pinned else []
+        if threads < len(cpus):
+            command += ["--cpus", ",".join(map(str, cpus[:threads]))]
+        folder = self._options.etdump
+        if folder is not None and pinned:
+            folder.mkdir(parents=True, exist_ok=True)
+            command += ["--etdump", str(folder.resolve() / f"{case.artifact.path.stem}.etdump")]
+        return ProcessSession(case.artifact, command, LocalFolder())
