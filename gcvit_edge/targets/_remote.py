@@ -157,7 +157,8 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
     parent = quote(options.remote_dir) if options.remote_dir else shell.parent
     keeper = _Keeper(shell, parent)
     try:
-        yield Remote(shell, keeper, (lambda _: options.runner) if options.runner else build, keep_files=options.keep_files)
+        given = options.runner
+        yield Remote(shell, keeper, (lambda _: given) if given else build, keep_files=options.keep_files)
     finally:
         keeper.close()
 
@@ -271,7 +272,12 @@ class Remote(Connection):
 
 
 # e_machine in the header of an ELF file, by what `uname -m` prints; each also takes the 32 bit kind
-_ELF_MACHINES = {"x86_64": {62: "x86_64", 3: "i386"}, "aarch64": {183: "aarch64", 40: "arm"}, "armv7l": {40: "arm"}, "riscv64": {243: "riscv64"}}
+_ELF_MACHINES = {
+    "x86_64": {62: "x86_64", 3: "i386"},
+    "aarch64": {183: "aarch64", 40: "arm"},
+    "armv7l": {40: "arm"},
+    "riscv64": {243: "riscv64"},
+}
 
 
 def _check_architecture(executable: Path, architecture: str, device: str) -> None:

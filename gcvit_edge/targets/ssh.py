@@ -57,7 +57,8 @@ def _build(architecture: str) -> Path:
     from gcvit_edge.native.build import architectures, build_runner
 
     if architecture not in architectures():
-        raise UserError(f"there is no runner for {architecture}, only for {', '.join(architectures())}; build one there and give it with --runner")
+        known = ", ".join(architectures())
+        raise UserError(f"the runner is built for {known}, not for {architecture}; build one there and give it with --runner")
     return build_runner(architecture).executable
 
 

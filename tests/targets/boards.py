@@ -3,6 +3,7 @@
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from gcvit_edge.targets._remote import RemoteOptions
+
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+ADBD = Path(__file__).parents[2] / "build" / "adbd"
 
 
 def need(found: object, what: str) -> None:
@@ -87,6 +91,11 @@ def wait_for(condition, what: str, seconds: float = 15) -> None:
         time.sleep(0.02)
 
 
+def left(options: RemoteOptions) -> list[Path]:
+    """What is left on the device, which is this machine; it may be going just now."""
+    return [Path(folder, name) for folder, folders, files in os.walk(str(options.remote_dir)) for name in (*folders, *files)]
+
+
 def pids_below(folder: Path) -> list[int]:
     """Process numbers of the programs that lie below a folder and run."""
     found = []
@@ -97,3 +106,49 @@ def pids_below(folder: Path) -> list[int]:
         except OSError:  # ended meanwhile, or another user's
             continue
     return found
+
+
+@dataclass(frozen=True)
+class Phone:
+    """An adbd. serials: adb lists it under two. server: where adb finds the adb server that knows it."""
+
+    serials: tuple[str, str]
+    server: str
+    pid: int
+
+
+@contextmanager
+def start_adbd(folder: Path) -> Iterator[Phone]:
+    """Starts Android's adbd and an adb server that knows it, and ends both afterwards.
+
+    adbd listens on all interfaces and lets everyone in, hence the network of its own; the server is reached by a file.
+    """
+    need(shutil.which("adb"), "adb")
+    need((ADBD / "usr/sbin/adbd").exists(), "adbd in build/adbd: run scripts/install_adbd.sh build/adbd")
+    libraries = next((ADBD / "usr/lib").glob("*-linux-gnu"))
+    loader = f"{next(libraries.glob('ld-linux*'))} --library-path {libraries}/android:{libraries}"
+    socket_file = folder / "adb"
+    environment = os.environ | {"ADB_SERVER_SOCKET": f"localfilesystem:{socket_file}", "ADB_LOCAL_TRANSPORT_MAX_PORT": "0"}  # no emulators
+    unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    program = ADBD / "usr/lib/android-sdk/platform-tools/adbd"
+    script = f"ip link set lo up; {loader} {program} & echo $!; exec 1>&2; adb nodaemon server & wait"
+    serials = "127.0.0.1:5555", "localhost:5555"
+
+    def adb(*words: str) -> str:
+        return subprocess.run(["adb", *words], env=environment, capture_output=True, text=True).stdout
+
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*unshare, "sh", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        )
+        assert server.stdout
+        try:
+            pid = int(server.stdout.readline())
+            wait_for(socket_file.exists, "adb server")  # else the first adb would start one of its own
+            for serial in serials:
+                wait_for(lambda serial=serial: "connected to" in adb("connect", serial), "adbd")
+            wait_for(lambda: adb("devices").count("\tdevice") == 2, "adb knows both names")
+            yield Phone(serials, environment["ADB_SERVER_SOCKET"], pid)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.communicate()

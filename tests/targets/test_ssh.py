@@ -4,13 +4,15 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from boards import Board, need, pids_below, start_sshd, wait_for
+from boards import Board, left, need, pids_below, start_sshd, wait_for
 from target_contract import check_target
 
 from gcvit_edge.bundle import Bundle
@@ -29,11 +31,6 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
 @pytest.fixture
 def options(board: Board, tmp_path: Path) -> Options:
     return Options(remote_dir=str(tmp_path / "remote dir"), ssh_config=board.config)
-
-
-def left(options: Options) -> list[Path]:
-    """What is left on the board."""
-    return list(Path(str(options.remote_dir)).rglob("*"))
 
 
 @contextmanager
@@ -108,7 +105,8 @@ def test_leftovers_of_a_board_that_lost_power(options: Options) -> None:
 )
 def test_not_let_in(change: dict[str, str], message: str, board: Board, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh, "CONNECT_SECONDS", 1)
-    (board.folder / "wrong_hosts").write_text((board.folder / "known_hosts").read_text().split()[0] + " " + (board.folder / "other.pub").read_text())
+    name = (board.folder / "known_hosts").read_text().split()[0]
+    (board.folder / "wrong_hosts").write_text(f"{name} {(board.folder / 'other.pub').read_text()}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = free.getsockname()[1]
     config = board.configure(**{name: value.format(folder=board.folder, closed=closed) for name, value in change.items()})
@@ -126,45 +124,46 @@ def test_a_shell_that_talks(board: Board, options: Options) -> None:
     usual = forced.read_text()
     forced.write_text(f'command="echo Welcome; $SSH_ORIGINAL_COMMAND" {usual}')
     try:
-        with pytest.raises(UserError, match="board says 'Welcome' before any command; its login shell must print nothing"):
-            with connect("board", options):
-                pass
+        message = "board says 'Welcome' before any command; its login shell must print nothing"
+        with pytest.raises(UserError, match=message), connect("board", options):
+            pass
     finally:
         forced.write_text(usual)
 
 
 def test_a_folder_that_cannot_be_made(options: Options) -> None:
-    with pytest.raises(UserError, match="cannot use board: .*/proc/nowhere.*; see whether this works"):
-        with connect("board", replace(options, remote_dir="/proc/nowhere")):
-            pass
+    nowhere = replace(options, remote_dir="/proc/nowhere")
+    message = r"cannot use board: .*/proc/nowhere.*; see whether this works"
+    with pytest.raises(UserError, match=message), connect("board", nowhere):
+        pass
 
 
 def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Options, board: Board) -> None:
-    with pytest.raises(CheckFailed, match=r"model\.float\.pte does not run in executorch \(the connection to board was lost\)"):
-        with loaded(pte_bundle, options) as session:
-            (runner,) = running(options)
-            for pid in board.connections():
-                subprocess.run(["pkill", "-KILL", "-P", str(pid)], check=False)  # where sshd runs it as the user, in a child
-                os.kill(pid, signal.SIGKILL)
-            session.time(pte_bundle.golden_input()[:1], 1_000_000)
+    image = pte_bundle.golden_input()[:1]
+    with loaded(pte_bundle, options) as session:
+        (runner,) = running(options)
+        session.time(image, 1)
+        threading.Timer(0.5, cut, [board]).start()
+        with pytest.raises(CheckFailed, match=r"model\.float\.pte does not run in executorch \(the connection to board was lost\)"):
+            session.time(image, 1_000_000)
     wait_for(lambda: left(options) == [], "nothing is left")
     wait_for(lambda: not Path(f"/proc/{runner}").exists(), "the runner has ended")
 
 
 def test_a_connection_that_breaks_while_it_sends(pte_bundle: Bundle, options: Options, board: Board) -> None:
     case = ssh.cases(pte_bundle.artifacts, options)[0]
-    with pytest.raises(CheckFailed, match="the connection to board was lost"), connect("board", options) as device:
-        for pid in board.connections():
-            os.kill(pid, signal.SIGKILL)
-        device.open(case, 1, pinned=False)
+    with connect("board", options) as device:
+        cut(board)
+        with pytest.raises(CheckFailed, match="the connection to board was lost"):
+            device.open(case, 1, pinned=False)
     wait_for(lambda: left(options) == [], "nothing is left")
 
 
 def test_a_runner_that_is_killed(pte_bundle: Bundle, options: Options) -> None:
-    with pytest.raises(CheckFailed, match=r"\(process was killed, perhaps for want of memory on board\)"):
-        with loaded(pte_bundle, options) as session:
-            (runner,) = running(options)
-            os.kill(runner, signal.SIGKILL)
+    with loaded(pte_bundle, options) as session:
+        (runner,) = running(options)
+        os.kill(runner, signal.SIGKILL)
+        with pytest.raises(CheckFailed, match=r"\(process was killed, perhaps for want of memory on board\)"):
             session.peak_rss_mb()
     assert left(options) == []
 
@@ -173,7 +172,7 @@ def test_this_program_killed(pte_bundle: Bundle, options: Options) -> None:
     """By SIGKILL, so that it can do nothing itself."""
     case = f"benchmark {pte_bundle.root} --target ssh:board --backend executorch --mode single-stream".split()
     with subprocess.Popen(
-        ["python", "-m", "gcvit_edge", *case, "--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir)],
+        [sys.executable, "-m", "gcvit_edge", *case, "--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as program:  # fmt: skip
         wait_for(lambda: len(running(options)) == 1, "the runner runs", 60)
@@ -186,10 +185,10 @@ def test_a_full_disk(pte_bundle: Bundle, options: Options, tmp_path: Path) -> No
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], capture_output=True)
     need(mounted.returncode == 0, "the right to mount a tmpfs")
+    message = r"(?s)board: .*No space left on device; make room there, or choose another folder with --remote-dir"
     try:
-        with pytest.raises(CheckFailed, match=r"(?s)board: .*No space left on device; make room there, or choose another folder with --remote-dir"):
-            with loaded(pte_bundle, options, remote_dir=str(disk)):
-                pass
+        with pytest.raises(CheckFailed, match=message), loaded(pte_bundle, options, remote_dir=str(disk)):
+            pass
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -198,29 +197,36 @@ def test_a_full_disk(pte_bundle: Bundle, options: Options, tmp_path: Path) -> No
 def test_a_runner_of_another_architecture(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
     runner = tmp_path / "runner"
     runner.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xf3\x00" + bytes(44))
-    with pytest.raises(UserError, match=r"runner .*/runner is built for riscv64, but board is \w+"):
-        with loaded(pte_bundle, options, runner=runner):
-            pass
+    message = r"runner .*/runner is built for riscv64, but board is \w+"
+    with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=runner):
+        pass
     assert left(options) == []
 
 
 def test_a_runner_that_cannot_start(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
     runner = tmp_path / "runner"
     runner.write_text("#!/no/such/loader\n")
-    with pytest.raises(CheckFailed, match="board cannot start the runner, which needs a 64-bit system"):
-        with loaded(pte_bundle, options, runner=runner):
-            pass
-    with pytest.raises(UserError, match=r"cannot read runner .*/none: No such file"):
-        with loaded(pte_bundle, options, runner=tmp_path / "none"):
-            pass
+    message = "board cannot start the runner, which needs a 64-bit system"
+    with pytest.raises(CheckFailed, match=message), loaded(pte_bundle, options, runner=runner):
+        pass
+    message = r"cannot read runner .*/none: No such file"
+    with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=tmp_path / "none"):
+        pass
     assert left(options) == []
 
 
-def test_command_line(pte_bundle: Bundle, options: Options, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(pte_bundle: Bundle, options: Options, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir), "--backend", "executorch"]
     assert main(["benchmark", str(pte_bundle.root), "--target", "ssh:board", *words]) == 0
-    assert "ssh:board" in capsys.readouterr().out
+    assert "ssh:board" in capfd.readouterr().out
     assert left(options) == []
+
+
+def cut(board: Board) -> None:
+    """Ends the connections to the board from there, as if the network were gone."""
+    for pid in board.connections():
+        subprocess.run(["pkill", "-KILL", "-P", str(pid), "sshd"], check=False)  # the user's part, where sshd has one
+        os.kill(pid, signal.SIGKILL)
 
 
 def running(options: Options) -> list[int]:
