@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.cli import Result
     from gcvit_edge.measure import benchmark_bundle
     from gcvit_edge.progress import Steps
-    from gcvit_edge.report.devices import benchmark_table, machine_lines, warnings
+    from gcvit_edge.report.devices import benchmark_table, count_lines, machine_lines, warnings
     from gcvit_edge.timing import MODES
 
     mode = MODES[arguments.mode]
     report = benchmark_bundle(open_bundle(arguments.bundle), devices(arguments), mode, Steps(errors), arguments.backend)
-    shown = [benchmark_table(report), *machine_lines(report), *warnings(report)]
+    shown = [benchmark_table(report), *machine_lines(report), *count_lines(report), *warnings(report)]
     return Result(report.model_dump(mode="json"), shown, report_error(report))

@@ -1,1 +1,4 @@
-"""The native runner of .pte files for devices without Python, and how it is built; the sources are part of the package."""
+"""Native programs and how they are built: the runner of .pte files for devices without Python, and the counter of instructions.
+
+The sources are part of the package.
+"""

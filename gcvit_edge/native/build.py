@@ -1,4 +1,4 @@
-"""Builds the runner on demand, and keeps it in the cache of this user: `build_runner(architecture)` gives its files.
+"""Builds the native programs on demand, and keeps them in the cache of this user: `build_runner(architecture)` gives its files.
 
 The runner is built against the headers and libraries of the ExecuTorch wheel of the architecture: the installed one, or one that
 pip downloads once. A build is named after everything that decides it (sources, ExecuTorch, compiler), so nothing goes stale.
@@ -94,6 +94,23 @@ def build_runner(architecture: str | None = None) -> RunnerFiles:
     decided_by = [*_texts(sources), version("executorch"), str(executorch), _identity(toolchain.compiler)]
     built = _kept(f"runner-{architecture}", decided_by, build)
     return RunnerFiles(built / RUNNER, tuple(sorted((built / "lib").iterdir())))
+
+
+def build_counter() -> Path:
+    """The QEMU plugin that counts instructions, a shared library for this machine.
+
+    Raises:
+        UserError: no C compiler, or the build fails.
+    """
+    if shutil.which("cc") is None:
+        raise UserError("counting instructions needs a C compiler: apt install gcc")
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        options = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
+        _run(["cc", *options, "-o", str(folder / "count.so"), str(_SOURCES / "count.c")], "compile the counter")
+
+    return _kept("counter", [*_texts(["count.c"]), _identity("cc")], build) / "count.so"
 
 
 def _toolchain(architecture: str) -> Toolchain:

@@ -62,6 +62,16 @@ def machine_lines(report: Report) -> list[str]:
     return lines
 
 
+def count_lines(report: Report) -> list[str]:
+    """What was counted in one inference of each artifact, if anything."""
+    return [
+        f"{run.device}: {result.name}: " + ", ".join(f"{count / 1e6:.2f} M {name}" for name, count in result.counts.items())
+        for run in report.runs
+        for result in run.results
+        if result.counts
+    ]
+
+
 def warnings(report: Report) -> list[str]:
     """What makes figures doubtful."""
     lines = []

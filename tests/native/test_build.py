@@ -1,0 +1,112 @@
+"""Building on demand: kept, named after everything that decides it, whole or absent, and errors that say what to do."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gcvit_edge.errors import UserError
+from gcvit_edge.native import build
+from gcvit_edge.targets import arm64
+
+INSTRUCTIONS = """
+    .globl main
+main:
+    mov w1, #1000
+repeat:
+    sdot v0.4s, v1.16b, v2.16b
+    sdot v0.2s, v1.8b, v2.8b
+    sdot v0.4s, v1.16b, v18.4b[3]
+    smmla v0.4s, v1.16b, v2.16b
+    fmla v0.4s, v1.4s, v2.4s
+    fmla v0.4s, v1.4s, v22.s[3]
+    udot v0.4s, v1.16b, v2.16b      // from here on none that is counted by name
+    ummla v0.4s, v1.16b, v2.16b
+    usdot v0.4s, v1.16b, v2.16b
+    fmla v0.2d, v1.2d, v2.2d
+    fmls v0.4s, v1.4s, v2.4s
+    fmla s0, s1, v2.s[1]
+    fmadd s0, s1, s2, s3
+    subs w1, w1, #1
+    b.ne repeat
+    mov w0, #0
+    ret
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gcvit-edge"
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources, to be changed."""
+    shutil.copytree(build._SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(build, "_SOURCES", tmp_path / "sources")
+    return tmp_path / "sources"
+
+
+def needs(missing: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(missing is not None and os.environ.get("CI") != "true", reason=missing or "")
+
+
+@needs(build.missing_tools(build.host()))
+def test_built_once_and_again_when_a_source_changes(cache: Path, sources: Path) -> None:
+    files = build.build_runner()
+    made = files.executable.stat().st_mtime_ns
+    assert build.build_runner(build.host()) == files
+    assert files.executable.stat().st_mtime_ns == made
+    assert [path.name for path in cache.iterdir()] == [files.executable.parent.name]  # nothing unfinished is left
+    with (sources / "runner.cpp").open("a") as source:
+        source.write("// changed\n")
+    assert build.build_runner().executable.parent != files.executable.parent
+
+
+@needs(build.missing_tools(build.host()))
+def test_a_build_that_fails_says_why_and_leaves_nothing(cache: Path, sources: Path) -> None:
+    (sources / "runner.cpp").write_text("int main() { return undeclared; }\n")
+    with pytest.raises(UserError, match=r"cannot compile the runner: cmake ended with 2:[\s\S]*undeclared"):
+        build.build_runner()
+    assert list(cache.iterdir()) == []
+
+
+def test_tools_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"building the runner needs: apt install cmake make g\+\+$"):
+        build.build_runner()
+    assert build.missing_tools("aarch64") == "building the runner needs: apt install cmake make g++-aarch64-linux-gnu"
+    assert arm64.missing() == build.missing_tools("aarch64")
+    with pytest.raises(UserError, match="counting instructions needs a C compiler: apt install gcc"):
+        build.build_counter()
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(UserError, match="unknown architecture 'arm64'; did you mean 'aarch64'"):
+        build.build_runner("arm64")
+
+
+@needs(build.missing_tools("aarch64"))
+def test_a_wheel_that_cannot_be_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(UserError, match=r"cannot download executorch==[\d.]+ for manylinux_2_28_aarch64"):
+        build.build_runner("aarch64")
+    assert list(cache.iterdir()) == []
+
+
+@needs(arm64.missing())
+def test_counter_counts_exactly(tmp_path: Path) -> None:
+    (tmp_path / "program.S").write_text(INSTRUCTIONS)
+    compiler = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.6-a", "-o", str(tmp_path / "program"), str(tmp_path / "program.S")]
+    subprocess.run(compiler, check=True)
+    plugin = f"{build.build_counter()},out={tmp_path / 'counts'}"
+    subprocess.run(["qemu-aarch64", "-cpu", "max,sme=off", "-plugin", plugin, tmp_path / "program"], check=True)
+    counts = {name: int(count) for name, count in map(str.split, (tmp_path / "counts").read_text().splitlines())}
+    total = counts.pop("instructions")
+    assert counts == {"sdot": 3000, "smmla": 1000, "fmla": 2000}
+    assert 15_000 < total < 100_000  # what starts and ends the program is counted too

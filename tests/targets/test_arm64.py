@@ -1,0 +1,96 @@
+"""64-bit ARM by emulation: the same answers as here, by the instructions that each CPU has, counted."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from target_contract import BRIEF
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import load_backend
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.devices import Device
+from gcvit_edge.errors import UserError
+from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measure import benchmark_bundle
+from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.progress import Steps
+from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.report.devices import count_lines
+from gcvit_edge.targets import Case, local
+from gcvit_edge.targets.arm64 import Options, cases, connect, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None and os.environ.get("CI") != "true", reason=missing() or "")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((4, 3, 32, 32), np.float32)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Artifact:
+    """A random network in INT8."""
+    torch.manual_seed(0)
+    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
+    info, backend = describe_model(model), load_backend("executorch")
+    path = tmp_path_factory.mktemp("int8") / "model.int8.pte"
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    backend.save(backend.quantize(backend.capture(model, info), recipe, np.split(images, len(images))), path, info)
+    return Artifact("executorch", "int8", path, (path,))
+
+
+@pytest.fixture(scope="module")
+def here(int8: Artifact, images: np.ndarray) -> np.ndarray:
+    """Its logits on this machine."""
+    with local.Session(int8, 1) as session:
+        return session.infer(images, lambda: None)
+
+
+def test_float_as_here(pte_bundle: Bundle) -> None:
+    artifact = pte_bundle.artifact("executorch")
+    with connect("", Options()) as arm, arm.open(Case(artifact, "cpu"), 1, pinned=False) as session:
+        logits = session.infer(pte_bundle.golden_input(), lambda: None)
+        assert session.counts(pte_bundle.golden_input()[:1]) == {}
+    level = sqnr_db(logits, pte_bundle.golden_logits(artifact))
+    assert 100 < level < 300  # other kernels: close, but not the same bits
+
+
+@pytest.mark.parametrize(("cpu", "used"), [("cortex-a53", None), ("cortex-a76", "sdot"), ("max", "smmla")])
+def test_int8_by_the_instructions_of_the_cpu(cpu: str, used: str | None, int8: Artifact, images: np.ndarray, here: np.ndarray) -> None:
+    with connect("", Options(cpu=cpu, count=True)) as arm, arm.open(Case(int8, "cpu"), 1, pinned=False) as session:
+        assert arm.machine().architecture == "aarch64"
+        assert arm.machine().cpu.startswith(f"{cpu} of QEMU ")
+        assert sqnr_db(session.infer(images, lambda: None), here) > 20  # not bit-exact between instruction sets
+        counts, again = session.counts(images[:1]), session.counts(images[:1])
+    assert [name for name in ("sdot", "smmla") if counts[name] > 0] == ([used] if used else [])
+    assert 0 < counts["fmla"] < counts["instructions"]
+    assert {name: counts[name] for name in ("sdot", "smmla", "fmla")} == {name: again[name] for name in ("sdot", "smmla", "fmla")}
+    assert again["instructions"] == pytest.approx(counts["instructions"], rel=1e-3)
+
+
+def test_counts_are_in_the_report(pte_bundle: Bundle) -> None:
+    options = Options(count=True)
+    assert [case.name for case in cases(pte_bundle.artifacts, options)] == ["executorch.float (cpu)"]
+    report = benchmark_bundle(pte_bundle, [Device("arm64", "arm64", "", options, 1)], BRIEF, Steps())
+    (result,) = report.runs[0].results
+    assert result.counts["fmla"] > 0
+    assert result.latency is None
+    (line,) = count_lines(report)
+    assert line.startswith("arm64: executorch.float (cpu): ")
+    assert f"{result.counts['instructions'] / 1e6:.2f} M instructions" in line
+
+
+def test_nothing_is_left_behind(int8: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with connect("", Options(count=True)) as arm, arm.open(Case(int8, "cpu"), 1, pinned=False):
+        assert list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_cpu() -> None:
+    said = pytest.raises(UserError, match=r"unknown emulated CPU 'cortex-a72'; did you mean 'cortex-a76'\? known: cortex-a53")
+    with said, connect("", Options(cpu="cortex-a72")):
+        pass
