@@ -14,7 +14,7 @@ from gcvit_edge.targets._remote import RemoteOptions, Shell, cases, connect_shel
 
 __all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
-HELP = "an Android device, adb[:SERIAL], as `adb devices` lists it; runs executorch, by the native runner"
+HELP = "an Android device, adb[:SERIAL], as `adb devices` lists it; runs executorch, by the runner given with --runner"
 ADDRESS = "optional"
 MEASURES_TIME = True
 
