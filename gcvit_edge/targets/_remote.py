@@ -1,55 +1,22 @@
-"""A device that one reaches through a POSIX shell: what `ssh` and `adb` have in common.
-
-All that is put there lies in one folder, `gcvit-edge/run-PID`. PID is the keeper: a shell on the device that waits for the end of
-its standard input and then kills what still runs and removes the folder, no matter whether this program is done, was killed or
-lost the connection. What it cannot remove, because the device lost its power, the next connection does.
-"""
+"""A device behind a shell that runs the native runner: what `ssh` and `adb` have in common."""
 
 import hashlib
-import select
-import shutil
-import subprocess
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Session
 from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
 from gcvit_edge.targets._process import ProcessSession
+from gcvit_edge.targets._shell import Keeper, Shell
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.machine import Machine
-
-_GREETING = "gcvit-edge works in "
-_END = "gcvit-edge ended with "
-_START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
-_CALL_SECONDS = 60  # for a short script, and for a file besides
-_BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
-
-# HUP: some devices send it to all that an ended connection has started
-_KEEPER = r"""
-trap '' HUP PIPE
-umask 077
-mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || exit 1
-for old in run-*; do kill -0 "${{old#run-}}" 2>/dev/null || rm -rf "$old"; done
-mkdir "run-$$" || exit 1
-cd "run-$$"
-echo "{greeting}$(pwd)"
-cat > /dev/null
-kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
-cd ..
-rm -rf "run-$$"
-cd ..
-rmdir gcvit-edge 2>/dev/null
-:
-"""
 
 _START = r"""
 mkdir {folder} || exit 1
@@ -66,7 +33,7 @@ class RemoteOptions:
 
     remote_dir: str | None = field(default=None, metadata={"help": "folder on the device in which to work"})
     runner: Path | None = field(
-        default=None, metadata={"help": "runner built for the device, its libraries in `lib` beside it (default: built here)"}
+        default=None, metadata={"help": "runner built for the device, its libraries in `lib` beside it (default: one built here; for Android there is none)"}
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
 
@@ -74,74 +41,6 @@ class RemoteOptions:
 def cases(artifacts: "Sequence[Artifact]", options: RemoteOptions) -> list[Case]:
     """What the runner runs."""
     return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
-
-
-class Shell(ABC):
-    """A way to the shell of a device. name: of the device, in messages. parent: shell word, default of `remote_dir`."""
-
-    name: str
-    parent: str
-
-    @abstractmethod
-    def command(self, script: str) -> list[str]:
-        """The command of this machine that runs a script there, with its standard input, output, error and exit code."""
-
-    def first_command(self, script: str) -> list[str]:
-        """That of the keeper's script, which starts before all others and ends after them."""
-        return self.command(script)
-
-    @abstractmethod
-    def refusal(self, printed: str) -> str:
-        """What to do, when the first command ended with this on standard error."""
-
-    def run(self, script: str, content: bytes = b"") -> bytes:
-        """What a script prints that reads `content`.
-
-        Raises:
-            CheckFailed: it, or the connection, failed.
-        """
-        # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
-        done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content)
-        text, end, code = done.stderr.decode(errors="replace").rpartition(_END)
-        if not end:
-            raise CheckFailed(f"the connection to {self.name} was lost: {code.strip() or 'it ended'}")
-        if int(code):
-            raise self.failure(text, int(code))
-        return done.stdout
-
-    def call(self, command: Sequence[str], content: bytes = b"", size: int = 0) -> "subprocess.CompletedProcess[bytes]":
-        """Runs a command of this machine that moves `size` bytes besides `content`.
-
-        Raises:
-            CheckFailed: it takes too long.
-        """
-        limit = _CALL_SECONDS + (len(content) + size) / _BYTES_PER_SECOND
-        try:
-            return subprocess.run(command, input=content, capture_output=True, timeout=limit, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise CheckFailed(f"{self.name} did not answer within {limit:.0f} s; check the connection") from error
-
-    def failure(self, printed: str, code: int) -> CheckFailed:
-        """The error of something that failed there and printed this."""
-        return CheckFailed(f"{self.name}: {_last_lines(printed.strip()) or f'exit code {code}'}{_advice(printed)}")
-
-    def send(self, content: bytes, path: str) -> None:
-        """Writes a file there."""
-        self.run(f"cat > {quote(path)}", content)
-
-    def receive(self, path: str) -> bytes:
-        """Reads a file there."""
-        return self.run(f"cat {quote(path)}")
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join(text.splitlines()[-15:])
-
-
-def _advice(text: str) -> str:
-    if "No space left on device" in text or "Disk quota exceeded" in text:
-        return "; make room there, or choose another folder with --remote-dir"
-    return ""
 
 
 @contextmanager
@@ -155,7 +54,7 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
         CheckFailed: its disk is full.
     """
     parent = quote(options.remote_dir) if options.remote_dir else shell.parent
-    keeper = _Keeper(shell, parent)
+    keeper = Keeper(shell, parent)
     try:
         given = options.runner
         yield Remote(shell, keeper, (lambda _: given) if given else build, keep_files=options.keep_files)
@@ -163,57 +62,10 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
         keeper.close()
 
 
-class _Keeper:
-    """The keeper's end on this machine. folder: the one that it keeps, absolute."""
-
-    def __init__(self, shell: Shell, parent: str) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        command = shell.first_command(_KEEPER.format(parent=parent, greeting=_GREETING))
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
-        assert self._process.stdout is not None
-        answered, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
-        line = self._process.stdout.readline().decode(errors="replace").rstrip("\n") if answered else ""
-        if line.startswith(_GREETING):
-            self.folder = line.removeprefix(_GREETING)
-            return
-        if not answered:
-            self._process.kill()
-        self.close()
-        if not answered:
-            raise UserError(f"{shell.name} did not answer within {_START_SECONDS} s; is it switched on, and its network up?")
-        if line:
-            raise UserError(
-                f"{shell.name} says {line!r} before any command; its login shell must print nothing when it is not interactive "
-                "(look into ~/.bashrc there)"
-            )
-        if advice := _advice(self.printed):
-            raise CheckFailed(f"{shell.name}: {_last_lines(self.printed)}{advice}")
-        raise UserError(f"cannot use {shell.name}: {_last_lines(self.printed)}; {shell.refusal(self.printed)}")
-
-    def alive(self) -> bool:
-        """Whether the connection still holds; called when something failed, which may be noticed before its cause."""
-        try:
-            self._process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
-
-    def close(self) -> None:
-        try:
-            self._process.communicate(timeout=_START_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-        if not self._log.closed:
-            self._log.seek(0)
-            self.printed = self._log.read().decode(errors="replace").strip()
-            self._log.close()
-
-
 class Remote(Connection):
     """A device behind a shell."""
 
-    def __init__(self, shell: Shell, keeper: _Keeper, build: Callable[[str], Path], *, keep_files: bool) -> None:
+    def __init__(self, shell: Shell, keeper: Keeper, build: Callable[[str], Path], *, keep_files: bool) -> None:
         self.shell, self.keeper = shell, keeper
         self.folders: list[_SessionFolder] = []
         self._by_hash = str(Path(keeper.folder).parent) if keep_files else keeper.folder
@@ -350,8 +202,3 @@ class RemoteSession(ProcessSession):
                 "for another one build it there and give it with --runner"
             )
         return f"{super()._ending(code)} on {self._device.shell.name}"
-
-
-def program_missing(program: str, package: str) -> str | None:
-    """For `missing`: what to install if `program` is not on this machine."""
-    return None if shutil.which(program) else f"the program {program} is not installed: apt-get install {package}"

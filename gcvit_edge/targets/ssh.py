@@ -9,7 +9,8 @@ from shlex import quote
 
 from gcvit_edge.errors import UserError
 from gcvit_edge.targets import Connection
-from gcvit_edge.targets._remote import RemoteOptions, Shell, cases, connect_shell, program_missing
+from gcvit_edge.targets._remote import RemoteOptions, cases, connect_shell
+from gcvit_edge.targets._shell import Shell, program_missing
 
 __all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
