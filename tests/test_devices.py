@@ -25,9 +25,9 @@ MEASURES_TIME = True
 
 @dataclass(frozen=True)
 class Options:
-    remote_dir: str = field(default="/tmp", metadata={"help": "folder on the board"})
-    runner: Path | None = field(default=None, metadata={"help": "a runner to use"})
-    count: bool = field(default=False, metadata={"help": "count"})
+    card_dir: str = field(default="/tmp", metadata={"help": "folder on the board"})
+    firmware: Path | None = field(default=None, metadata={"help": "a firmware to use"})
+    blink: bool = field(default=False, metadata={"help": "blink"})
 
 
 @contextmanager
@@ -52,26 +52,26 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "devices.yaml"
-    path.write_text("desk: {target: 'board:pi@desk', threads: 3, remote_dir: /data}\nhere: {target: local}\n")
+    path.write_text("desk: {target: 'board:pi@desk', threads: 3, card_dir: /data}\nhere: {target: local}\n")
     return path
 
 
 def test_a_name_in_the_file_goes_before_a_target(file: Path) -> None:
     desk, local = find_devices(["desk", "local"], file, None, {})
-    assert (desk.name, desk.target, desk.address, desk.threads, desk.options.remote_dir) == ("desk", "board", "pi@desk", 3, "/data")
+    assert (desk.name, desk.target, desk.address, desk.threads, desk.options.card_dir) == ("desk", "board", "pi@desk", 3, "/data")
     assert (local.name, local.target, local.address, local.threads) == ("local", "local", "", None)
 
 
 def test_the_command_line_goes_before_the_file(file: Path) -> None:
-    desk, here = find_devices(["desk", "here"], file, 1, {"remote_dir": "/sd"})
-    assert (desk.threads, desk.options.remote_dir) == (1, "/sd")
+    desk, here = find_devices(["desk", "here"], file, 1, {"card_dir": "/sd"})
+    assert (desk.threads, desk.options.card_dir) == (1, "/sd")
     assert here.threads == 1
 
 
 def test_an_address_may_hold_colons() -> None:
     (device,) = find_devices(["board:[::1]:22"], None, None, {})
     assert device.address == "[::1]:22"
-    assert (device.options.remote_dir, device.options.runner) == ("/tmp", None)
+    assert (device.options.card_dir, device.options.firmware) == ("/tmp", None)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_an_address_may_hold_colons() -> None:
         (["board"], {}, "target 'board' needs an address: board:ADDRESS"),
         (["local:x"], {}, "local takes no address"),
         (["local:"], {}, "ends with a colon"),
-        (["local"], {"remote_dir": "/sd"}, "--remote-dir: none of the targets local has this option"),
+        (["local"], {"card_dir": "/sd"}, "--card-dir: none of the targets local has this option"),
     ],
 )
 def test_requests_that_are_refused(names: list[str], options: dict[str, str], message: str, file: Path) -> None:
@@ -93,10 +93,10 @@ def test_requests_that_are_refused(names: list[str], options: dict[str, str], me
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("desk: {target: 'board:a', remotedir: /sd}", "unknown option of device desk 'remotedir'; did you mean 'remote_dir'?"),
+        ("desk: {target: 'board:a', carddir: /sd}", "unknown option of device desk 'carddir'; did you mean 'card_dir'?"),
         ("desk: {target: 'board:a', threads: many}", "device desk: threads: Input should be a valid integer"),
         ("desk: {target: 'board:a', threads: 0}", "threads must be at least 1, got 0"),
-        ("desk: {target: 'board:a', count: [1]}", "device desk: count: "),
+        ("desk: {target: 'board:a', blink: [1]}", "device desk: blink: "),
         ("desk: {target: 'bord:a'}", "unknown target 'bord'; did you mean 'board'?"),
         ("desk: ssh", "is no devices file"),
         ("- desk", "is no devices file"),
@@ -121,7 +121,8 @@ def test_options_of_a_target_are_flags(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["benchmark", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--remote-dir DIR folder on the board (target board)" in shown
-    assert "--runner RUNNER a runner to use (target board)" in shown
-    assert "--count count (target board)" in shown
-    assert "board, local (some take :ADDRESS)" in shown
+    assert "--card-dir DIR folder on the board (target board)" in shown
+    assert "--firmware FIRMWARE a firmware to use (target board)" in shown
+    assert "--blink blink (target board)" in shown
+    assert " board, " in shown
+    assert "(some take :ADDRESS)" in shown

@@ -136,7 +136,7 @@ class ProcessSession(Session):
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):  # none, or one cut short
             self._fail()
         return json.loads(line)
 
@@ -144,4 +144,8 @@ class ProcessSession(Session):
         code = self._process.wait()
         self._log.seek(0)
         tail = "".join(self._log.readlines()[-15:])
-        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} (process ended with {code}):\n{tail}")
+        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} ({self._ending(code)}):\n{tail}")
+
+    def _ending(self, code: int) -> str:
+        """What an exit code means; 137 is a shell's word for a child that was killed."""
+        return "process was killed, perhaps for want of memory" if code in (-9, 137) else f"process ended with {code}"

@@ -10,9 +10,10 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.targets import load_target, target_names
 
 NEEDS_HARDWARE = {"cuda"}  # that machines for continuous integration do not have
+STARTED_BY_THEIR_TESTS = {"ssh", "adb"}  # which bring a device of their own
 
 
-@pytest.mark.parametrize("name", [name for name in target_names() if load_target(name).ADDRESS != "required"])
+@pytest.mark.parametrize("name", [name for name in target_names() if name not in STARTED_BY_THEIR_TESTS])
 def test_contract(name: str, pte_bundle: Bundle, weights: Path, tmp_path: Path) -> None:
     target = load_target(name)
     missing = target.missing()

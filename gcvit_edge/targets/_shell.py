@@ -1,0 +1,167 @@
+"""The shell of a device: scripts and files through it, and the keeper, which leaves nothing behind there.
+
+All that is put there lies in one folder, `gcvit-edge/run-PID`. PID is the keeper: a shell on the device that waits for the end of
+its standard input and then kills what still runs and removes the folder, no matter whether this program is done, was killed or
+lost the connection. What it cannot remove, because the device lost its power, the next connection does.
+"""
+
+import select
+import shutil
+import subprocess
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from shlex import quote
+from typing import IO
+
+from gcvit_edge.errors import CheckFailed, UserError
+
+_GREETING = "gcvit-edge works in "
+_END = "gcvit-edge ended with "
+_START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
+_CALL_SECONDS = 60  # for a short script, and for a file besides
+_BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
+
+# HUP: some devices send it to all that an ended connection has started
+_KEEPER = r"""
+trap '' HUP PIPE
+umask 077
+mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || exit 1
+for old in run-*; do kill -0 "${{old#run-}}" 2>/dev/null || rm -rf "$old"; done
+mkdir "run-$$" || exit 1
+cd "run-$$"
+echo "{greeting}$(pwd)"
+cat > /dev/null
+kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
+cd ..
+rm -rf "run-$$"
+cd ..
+rmdir gcvit-edge 2>/dev/null
+:
+"""
+
+
+def program_missing(program: str, package: str) -> str | None:
+    """For `missing`: what to install if `program` is not on this machine."""
+    return None if shutil.which(program) else f"the program {program} is not installed: apt-get install {package}"
+
+
+class Shell(ABC):
+    """A way to the shell of a device. name: of the device, in messages. parent: shell word, default of `remote_dir`."""
+
+    name: str
+    parent: str
+
+    @abstractmethod
+    def command(self, script: str) -> list[str]:
+        """The command of this machine that runs a script there, with its standard input, output, error and exit code."""
+
+    def first_command(self, script: str) -> list[str]:
+        """That of the keeper's script, which starts before all others and ends after them."""
+        return self.command(script)
+
+    @abstractmethod
+    def refusal(self, printed: str) -> str:
+        """What to do, when the first command ended with this on standard error."""
+
+    def run(self, script: str, content: bytes = b"") -> bytes:
+        """What a script prints that reads `content`.
+
+        Raises:
+            CheckFailed: it, or the connection, failed.
+        """
+        # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
+        done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content)
+        text, end, code = done.stderr.decode(errors="replace").rpartition(_END)
+        if not end:
+            raise CheckFailed(f"the connection to {self.name} was lost: {code.strip() or 'it ended'}")
+        if int(code):
+            raise self.failure(text, int(code))
+        return done.stdout
+
+    def call(self, command: Sequence[str], content: bytes = b"", size: int = 0) -> "subprocess.CompletedProcess[bytes]":
+        """Runs a command of this machine that moves `size` bytes besides `content`.
+
+        Raises:
+            CheckFailed: it takes too long.
+        """
+        limit = _CALL_SECONDS + (len(content) + size) / _BYTES_PER_SECOND
+        try:
+            return subprocess.run(command, input=content, capture_output=True, timeout=limit, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailed(f"{self.name} did not answer within {limit:.0f} s; check the connection") from error
+
+    def failure(self, printed: str, code: int) -> CheckFailed:
+        """The error of something that failed there and printed this."""
+        return CheckFailed(f"{self.name}: {_last_lines(printed.strip()) or f'exit code {code}'}{_advice(printed)}")
+
+    def send(self, content: bytes, path: str) -> None:
+        """Writes a file there."""
+        self.run(f"cat > {quote(path)}", content)
+
+    def receive(self, path: str) -> bytes:
+        """Reads a file there."""
+        return self.run(f"cat {quote(path)}")
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.splitlines()[-15:])
+
+
+def _advice(text: str) -> str:
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return "; make room there, or choose another folder with --remote-dir"
+    return ""
+
+
+class Keeper:
+    """The keeper of a folder on the device, from this machine. folder: its absolute path there."""
+
+    def __init__(self, shell: Shell, parent: str) -> None:
+        """Makes the folder. parent: shell word, the folder to make it in.
+
+        Raises:
+            UserError: the device cannot be reached, or the folder cannot be made.
+            CheckFailed: its disk is full.
+        """
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        command = shell.first_command(_KEEPER.format(parent=parent, greeting=_GREETING))
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+        assert self._process.stdout is not None
+        answered, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
+        line = self._process.stdout.readline().decode(errors="replace").rstrip("\n") if answered else ""
+        if line.startswith(_GREETING):
+            self.folder = line.removeprefix(_GREETING)
+            return
+        if not answered:
+            self._process.kill()
+        self.close()
+        if not answered:
+            raise UserError(f"{shell.name} did not answer within {_START_SECONDS} s; is it switched on, and its network up?")
+        if line:
+            raise UserError(
+                f"{shell.name} says {line!r} before any command; its login shell must print nothing when it is not interactive "
+                "(look into ~/.bashrc there)"
+            )
+        if advice := _advice(self.printed):
+            raise CheckFailed(f"{shell.name}: {_last_lines(self.printed)}{advice}")
+        raise UserError(f"cannot use {shell.name}: {_last_lines(self.printed)}; {shell.refusal(self.printed)}")
+
+    def alive(self) -> bool:
+        """Whether the connection still holds; called when something failed, which may be noticed before its cause."""
+        try:
+            self._process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def close(self) -> None:
+        try:
+            self._process.communicate(timeout=_START_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        if not self._log.closed:
+            self._log.seek(0)
+            self.printed = self._log.read().decode(errors="replace").strip()
+            self._log.close()

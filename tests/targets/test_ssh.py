@@ -1,0 +1,234 @@
+"""A board by SSH: the contract and every failure, on a real sshd."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from boards import Board, left, need, pids_below, start_sshd, wait_for
+from target_contract import check_target
+
+from gcvit_edge.bundle import Bundle
+from gcvit_edge.cli import main
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.targets import Session, ssh
+from gcvit_edge.targets.ssh import Options, connect
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    with start_sshd(tmp_path_factory.mktemp("sshd")) as board:
+        yield board
+
+
+@pytest.fixture
+def options(board: Board, tmp_path: Path) -> Options:
+    return Options(remote_dir=str(tmp_path / "remote dir"), ssh_config=board.config)
+
+
+@contextmanager
+def loaded(bundle: Bundle, options: Options, **changes: object) -> Iterator[Session]:
+    """A session on the board."""
+    case = ssh.cases(bundle.artifacts, options)[0]
+    with connect("board", replace(options, **changes)) as device, device.open(case, 1, pinned=True) as session:
+        yield session
+
+
+def test_contract(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    check_target("ssh", "board", options, pte_bundle, tmp_path)
+    assert left(options) == []
+
+
+def test_sent_once(pte_bundle: Bundle, options: Options, board: Board) -> None:
+    case = ssh.cases(pte_bundle.artifacts, options)[0]
+    image = pte_bundle.golden_input()[:1]
+    with connect("board", options) as device, device.open(case, 1, pinned=False) as one, device.open(case, 1, pinned=False) as other:
+        assert len(board.connections()) == 1
+        one.time(image, 1)
+        other.time(image.copy(), 1)
+        names = [file.name for file in left(options)]
+        assert [name.endswith(".f32") for name in names].count(True) == 1
+        assert names.count(case.artifact.path.name) == 1
+        other.infer(pte_bundle.golden_input(), lambda: None)
+        one.close()
+        assert [file.name.endswith(".f32") for file in left(options)].count(True) == 2  # the input that `other` holds, and its logits
+    assert left(options) == []
+
+
+def test_files_kept_by_hash(pte_bundle: Bundle, options: Options) -> None:
+    keep = replace(options, keep_files=True)
+    case = ssh.cases(pte_bundle.artifacts, keep)[0]
+
+    def run() -> dict[str, int]:
+        with connect("board", keep) as device, device.open(case, 1, pinned=False):
+            pass
+        return {file.name: file.stat().st_mtime_ns for file in left(keep) if file.is_file()}
+
+    first = run()
+    assert case.artifact.path.name in first
+    assert len(first) > 2  # runner and libraries
+    assert run() == first
+    model = next(file for file in left(keep) if file.name == case.artifact.path.name)
+    model.write_bytes(b"damaged")
+    assert run()[case.artifact.path.name] > first[case.artifact.path.name]
+    assert model.read_bytes() == case.artifact.path.read_bytes()
+
+
+def test_leftovers_of_a_board_that_lost_power(options: Options) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    old = Path(str(options.remote_dir)) / "gcvit-edge" / f"run-{gone.pid}"
+    (old / "1").mkdir(parents=True)
+    with connect("board", options), connect("board", options):
+        assert not old.exists()
+        assert len(list(old.parent.glob("run-*"))) == 2  # of those that live, neither removes the other's
+    assert left(options) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"IdentityFile": "{folder}/other"}, "Permission denied.*; a key must let you in without a password: ssh-copy-id board"),
+        ({"UserKnownHostsFile": "/dev/null"}, "Host key verification failed.*; its key is not known; connect once by hand, ssh board"),
+        ({"UserKnownHostsFile": "{folder}/wrong_hosts"}, "(?s)HAS CHANGED.*its key is another than last time"),
+        ({"Port": "{closed}"}, "Connection refused.*; it is there, but has no SSH server on this port"),
+        ({"HostName": "board.invalid"}, "Could not resolve.*; check the name"),
+        ({"ProxyCommand": "sleep 30"}, "timed out.*; is it switched on, and in this network"),
+    ],
+)
+def test_not_let_in(change: dict[str, str], message: str, board: Board, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "CONNECT_SECONDS", 1)
+    name = (board.folder / "known_hosts").read_text().split()[0]
+    (board.folder / "wrong_hosts").write_text(f"{name} {(board.folder / 'other.pub').read_text()}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = free.getsockname()[1]
+    config = board.configure(**{name: value.format(folder=board.folder, closed=closed) for name, value in change.items()})
+    with pytest.raises(UserError, match=message), connect("board", replace(options, ssh_config=config)):
+        pass
+
+
+def test_an_option_is_no_address(options: Options) -> None:
+    with pytest.raises(UserError, match="not an option of ssh"), connect("-oProxyCommand=true", options):
+        pass
+
+
+def test_a_shell_that_talks(board: Board, options: Options) -> None:
+    forced = board.folder / "authorized_keys"
+    usual = forced.read_text()
+    forced.write_text(f'command="echo Welcome; $SSH_ORIGINAL_COMMAND" {usual}')
+    try:
+        message = "board says 'Welcome' before any command; its login shell must print nothing"
+        with pytest.raises(UserError, match=message), connect("board", options):
+            pass
+    finally:
+        forced.write_text(usual)
+
+
+def test_a_folder_that_cannot_be_made(options: Options) -> None:
+    nowhere = replace(options, remote_dir="/proc/nowhere")
+    message = r"cannot use board: .*/proc/nowhere.*; see whether this works"
+    with pytest.raises(UserError, match=message), connect("board", nowhere):
+        pass
+
+
+def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Options, board: Board) -> None:
+    image = pte_bundle.golden_input()[:1]
+    with loaded(pte_bundle, options) as session:
+        (runner,) = running(options)
+        session.time(image, 1)
+        threading.Timer(0.5, cut, [board]).start()
+        with pytest.raises(CheckFailed, match=r"model\.float\.pte does not run in executorch \(the connection to board was lost\)"):
+            session.time(image, 1_000_000)
+    wait_for(lambda: left(options) == [], "nothing is left")
+    wait_for(lambda: not Path(f"/proc/{runner}").exists(), "the runner has ended")
+
+
+def test_a_connection_that_breaks_while_it_sends(pte_bundle: Bundle, options: Options, board: Board) -> None:
+    case = ssh.cases(pte_bundle.artifacts, options)[0]
+    with connect("board", options) as device:
+        cut(board)
+        with pytest.raises(CheckFailed, match="the connection to board was lost"):
+            device.open(case, 1, pinned=False)
+    wait_for(lambda: left(options) == [], "nothing is left")
+
+
+def test_a_runner_that_is_killed(pte_bundle: Bundle, options: Options) -> None:
+    with loaded(pte_bundle, options) as session:
+        (runner,) = running(options)
+        os.kill(runner, signal.SIGKILL)
+        with pytest.raises(CheckFailed, match=r"\(process was killed, perhaps for want of memory on board\)"):
+            session.peak_rss_mb()
+    assert left(options) == []
+
+
+def test_this_program_killed(pte_bundle: Bundle, options: Options) -> None:
+    """By SIGKILL, so that it can do nothing itself."""
+    case = f"benchmark {pte_bundle.root} --target ssh:board --backend executorch --mode single-stream".split()
+    with subprocess.Popen(
+        [sys.executable, "-m", "gcvit_edge", *case, "--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as program:  # fmt: skip
+        wait_for(lambda: len(running(options)) == 1, "the runner runs", 60)
+        program.kill()
+    wait_for(lambda: left(options) == [] and running(options) == [], "nothing is left")
+
+
+def test_a_full_disk(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", disk], capture_output=True)
+    need(mounted.returncode == 0, "the right to mount a tmpfs")
+    message = r"(?s)board: .*No space left on device; make room there, or choose another folder with --remote-dir"
+    try:
+        with pytest.raises(CheckFailed, match=message), loaded(pte_bundle, options, remote_dir=str(disk)):
+            pass
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_runner_of_another_architecture(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    runner = tmp_path / "runner"
+    runner.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xf3\x00" + bytes(44))
+    message = r"runner .*/runner is built for riscv64, but board is \w+"
+    with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=runner):
+        pass
+    assert left(options) == []
+
+
+def test_a_runner_that_cannot_start(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    runner = tmp_path / "runner"
+    runner.write_text("#!/no/such/loader\n")
+    message = "board cannot start the runner, which needs a 64-bit system"
+    with pytest.raises(CheckFailed, match=message), loaded(pte_bundle, options, runner=runner):
+        pass
+    message = r"cannot read runner .*/none: No such file"
+    with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=tmp_path / "none"):
+        pass
+    assert left(options) == []
+
+
+def test_command_line(pte_bundle: Bundle, options: Options, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir), "--backend", "executorch"]
+    assert main(["benchmark", str(pte_bundle.root), "--target", "ssh:board", *words]) == 0
+    assert "ssh:board" in capfd.readouterr().out
+    assert left(options) == []
+
+
+def cut(board: Board) -> None:
+    """Ends the connections to the board from there, as if the network were gone."""
+    for pid in board.connections():
+        subprocess.run(["pkill", "-KILL", "-P", str(pid), "sshd"], check=False)  # the user's part, where sshd has one
+        os.kill(pid, signal.SIGKILL)
+
+
+def running(options: Options) -> list[int]:
+    """Process numbers of runners in the folder."""
+    return pids_below(Path(str(options.remote_dir)))
