@@ -33,7 +33,7 @@ class RemoteOptions:
 
     remote_dir: str | None = field(default=None, metadata={"help": "folder on the device in which to work"})
     runner: Path | None = field(
-        default=None, metadata={"help": "runner built for the device, its libraries in `lib` beside it (default: one built here; for Android there is none)"}
+        default=None, metadata={"help": "runner built for the device, libraries in `lib` beside it (default: built here; none for Android)"}
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
 
