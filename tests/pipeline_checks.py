@@ -13,7 +13,7 @@ def check_bundle(bundle: Bundle, images: int) -> None:
         assert entry["drop_points"] <= 0.5, entry
         assert entry["agreement"] >= 0.985, entry
         assert entry["sqnr_db"] >= 25, entry
-        assert entry["size_bytes"] <= 0.30 * entry["float_size_bytes"], entry
+        assert entry["size_bytes"] <= 0.27 * entry["float_size_bytes"], entry
         assert entry["within_limits"]
     assert bundle.manifest.within_limits
     assert all(parity.same_top1 == 1 for parity in bundle.verify().values())
