@@ -30,7 +30,7 @@ from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.form import Form
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
-from gcvit_edge.quantize.ranges import observe
+from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.targets.local import Timing, default_threads, time_artifacts

@@ -60,7 +60,7 @@ def _try(name: str) -> str:
 
     from gcvit_edge.model.create import create_model, describe_model
     from gcvit_edge.model.deploy import deploy
-    from gcvit_edge.quantize.ranges import observe
+    from gcvit_edge.quantization.ranges import observe
 
     try:
         torch.manual_seed(0)

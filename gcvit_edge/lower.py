@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.model.info import ModelInfo
-    from gcvit_edge.quantize.ranges import Ranges
+    from gcvit_edge.quantization.ranges import Ranges
 
 
 def lower_float(name: str, model: "GCViT", info: "ModelInfo", folder: Path) -> Artifact:
@@ -24,9 +24,9 @@ def lower_float(name: str, model: "GCViT", info: "ModelInfo", folder: Path) -> A
 
 
 def lower_quantized(name: str, model: "GCViT", info: "ModelInfo", recipe: Recipe, ranges: "Ranges", folder: Path) -> Artifact:
-    """Writes the artifact of backend `name` that `recipe` asks for; `ranges` are those of `quantize.ranges.observe`."""
+    """Writes the artifact of backend `name` that `recipe` asks for; `ranges` are those of `quantization.ranges.observe`."""
     from gcvit_edge.model.deploy import deploy
-    from gcvit_edge.quantize.scheme import quantize
+    from gcvit_edge.quantization.scheme import quantize
 
     backend = load_backend(name)
     operators = integer_operators(recipe, backend)

@@ -27,7 +27,7 @@ from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifa
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
-    from gcvit_edge.quantize.ranges import Ranges
+    from gcvit_edge.quantization.ranges import Ranges
 
 GOLDEN_IMAGES = 2
 TIMED_ROUNDS = 20
@@ -106,7 +106,7 @@ def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name:
 def _calibrate(job: Job, images: Pixels, steps: Steps) -> "Ranges":
     """Ranges of activations, observed once for all backends."""
     from gcvit_edge.model.deploy import deploy
-    from gcvit_edge.quantize.ranges import observe
+    from gcvit_edge.quantization.ranges import observe
 
     with steps.step("calibrate", len(images.kept)) as advance:
         return observe(deploy(job.model, Form()), _announced(images, job.info.preprocessing, advance))

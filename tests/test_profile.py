@@ -11,7 +11,7 @@ from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Operator, summarize, verdict
-from gcvit_edge.quantize.ranges import observe
+from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]

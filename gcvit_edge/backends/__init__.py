@@ -2,7 +2,7 @@
 
 A backend is a module with the members of `Backend`. It says how its runtime wants the deploy form written and how it computes in
 integers, exports such a network to its files, and loads files to run them. Quantization itself is the same for all and happens
-before, see `gcvit_edge.quantize`. Backends import neither each other nor the command line, and everything heavy inside functions
+before, see `gcvit_edge.quantization`. Backends import neither each other nor the command line, and everything heavy inside functions
 that need it, so that loading an artifact does not import the exporter.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import gcvit_edge.backends as _package
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Operator as TimedOperator
-from gcvit_edge.quantize.arithmetic import Arithmetic
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator
 from gcvit_edge.registry import load_module, module_names
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
-from gcvit_edge.quantize.arithmetic import Arithmetic
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
-from gcvit_edge.quantize.arithmetic import Arithmetic
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     """Exports with PyTorch's exporter; dynamic linears become what ONNX Runtime fuses into DynamicQuantizeMatMul."""
     import torch
 
-    from gcvit_edge.quantize.layers import dynamic_linear  # defines the operator that is translated
+    from gcvit_edge.quantization.layers import dynamic_linear  # defines the operator that is translated
 
     with torch.no_grad():
         program = torch.onnx.export(

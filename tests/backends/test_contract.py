@@ -15,7 +15,7 @@ from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.quantize.ranges import observe
+from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import Session
 

@@ -12,9 +12,9 @@ from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
-from gcvit_edge.quantize.arithmetic import Arithmetic
-from gcvit_edge.quantize.ranges import observe
-from gcvit_edge.quantize.scheme import quantize
+from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.scheme import quantize
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 OPERATORS = frozenset({"linear", "conv"})

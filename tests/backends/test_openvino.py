@@ -9,7 +9,7 @@ from gcvit_edge.lower import lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.form import Form
-from gcvit_edge.quantize.ranges import observe
+from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")

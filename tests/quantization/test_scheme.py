@@ -9,11 +9,11 @@ from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.form import Form
-from gcvit_edge.quantize.arithmetic import Arithmetic
-from gcvit_edge.quantize.integers import IntegerConstant
-from gcvit_edge.quantize.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer, dynamic_linear
-from gcvit_edge.quantize.ranges import Ranges, observe
-from gcvit_edge.quantize.scheme import quantize
+from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.integers import IntegerConstant
+from gcvit_edge.quantization.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer, dynamic_linear
+from gcvit_edge.quantization.ranges import Ranges, observe
+from gcvit_edge.quantization.scheme import quantize
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((8, 3, 64, 64), np.float32)]
 STATIC = Arithmetic(activations="uint8")

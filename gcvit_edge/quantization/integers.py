@@ -10,7 +10,7 @@ import torch
 import torchao.quantization.pt2e  # noqa: F401  # defines the operators
 from torch import Tensor, nn
 
-from gcvit_edge.quantize.arithmetic import Signedness
+from gcvit_edge.quantization.arithmetic import Signedness
 
 _operators = torch.ops.quantized_decomposed
 

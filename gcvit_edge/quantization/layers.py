@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Point
-from gcvit_edge.quantize.integers import Affine, IntegerWeight
+from gcvit_edge.quantization.integers import Affine, IntegerWeight
 
 _operators = torch.ops.quantized_decomposed
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from gcvit_edge.model.deploy import Constant, Point, Residual
-from gcvit_edge.quantize.arithmetic import Arithmetic
-from gcvit_edge.quantize.integers import Affine, IntegerConstant
-from gcvit_edge.quantize.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer
-from gcvit_edge.quantize.ranges import Ranges
+from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.integers import Affine, IntegerConstant
+from gcvit_edge.quantization.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer
+from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.recipe import Operator
 
 

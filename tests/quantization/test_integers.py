@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit_edge.quantize.integers import Affine, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.integers import Affine, IntegerConstant, IntegerWeight
 
 finite = st.floats(-1e4, 1e4, allow_nan=False)
 
