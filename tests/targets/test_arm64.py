@@ -9,14 +9,17 @@ import torch
 from target_contract import BRIEF
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.devices import Device
 from gcvit_edge.errors import UserError
 from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measure import benchmark_bundle
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.form import Form
 from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.report.devices import count_lines
 from gcvit_edge.targets import Case, local
@@ -35,11 +38,8 @@ def int8(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Artifa
     """A random network in INT8."""
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
-    info, backend = describe_model(model), load_backend("executorch")
-    path = tmp_path_factory.mktemp("int8") / "model.int8.pte"
-    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-    backend.save(backend.quantize(backend.capture(model, info), recipe, np.split(images, len(images))), path, info)
-    return Artifact("executorch", "int8", path, (path,))
+    recipe, ranges = parse_recipe(recipe_text("int8_ptq"), "int8_ptq"), observe(deploy(model, Form()), np.split(images, len(images)))
+    return lower_quantized("executorch", model, describe_model(model), recipe, ranges, tmp_path_factory.mktemp("int8"))
 
 
 @pytest.fixture(scope="module")
