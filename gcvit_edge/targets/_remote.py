@@ -33,7 +33,7 @@ class RemoteOptions:
 
     remote_dir: str | None = field(default=None, metadata={"help": "folder on the device in which to work"})
     runner: Path | None = field(
-        default=None, metadata={"help": "runner built for the device, libraries in `lib` beside it (default: built here; none for Android)"}
+        default=None, metadata={"help": "built for the device, libraries in `lib` beside it (default, except on Android: made here)"}
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
 
@@ -107,8 +107,9 @@ class Remote(Connection):
         if self._sums(folder, list(files)) == list(sums.values()):
             return folder
         incoming = f"{self.keeper.folder}/incoming"  # whole or not at all: only a complete folder gets its name
-        parents = " ".join(dict.fromkeys(quote(f"{incoming}/{name}".rpartition("/")[0]) for name in files))
-        self.shell.run(f"rm -rf {quote(folder)} {quote(incoming)} && mkdir -p {parents}")
+        parents = " ".join(dict.fromkeys(quote(f"incoming/{name}".rpartition("/")[0]) for name in files))
+        # cd: where the keeper has removed its folder already, mkdir -p must not make it again
+        self.shell.run(f"rm -rf {quote(folder)} {quote(incoming)} && cd {quote(self.keeper.folder)} && mkdir -p {parents}")
         for name, content in contents.items():
             self.shell.send(content, f"{incoming}/{name}")
         if self._sums(incoming, list(files)) != list(sums.values()):

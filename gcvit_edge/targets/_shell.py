@@ -22,7 +22,7 @@ _START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
 _CALL_SECONDS = 60  # for a short script, and for a file besides
 _BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
 
-# HUP: some devices send it to all that an ended connection has started
+# HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file
 _KEEPER = r"""
 trap '' HUP PIPE
 umask 077
@@ -34,7 +34,7 @@ echo "{greeting}$(pwd)"
 cat > /dev/null
 kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
 cd ..
-rm -rf "run-$$"
+for again in 1 2 3 4 5; do rm -rf "run-$$" && break; sleep 1; done
 cd ..
 rmdir gcvit-edge 2>/dev/null
 :

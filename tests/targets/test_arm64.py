@@ -68,7 +68,8 @@ def test_int8_by_the_instructions_of_the_cpu(cpu: str, used: str | None, int8: A
     assert [name for name in ("sdot", "smmla") if counts[name] > 0] == ([used] if used else [])
     assert 0 < counts["fmla"] < counts["instructions"]
     assert {name: counts[name] for name in ("sdot", "smmla", "fmla")} == {name: again[name] for name in ("sdot", "smmla", "fmla")}
-    assert again["instructions"] == pytest.approx(counts["instructions"], rel=1e-3)
+    # starting a process takes some 10,000 instructions more or less, which is 1 % of this network and 0.003 % of XXT
+    assert again["instructions"] == pytest.approx(counts["instructions"], abs=5e4)
 
 
 def test_counts_are_in_the_report(pte_bundle: Bundle) -> None:

@@ -177,7 +177,8 @@ def test_this_program_killed(pte_bundle: Bundle, options: Options) -> None:
     ) as program:  # fmt: skip
         wait_for(lambda: len(running(options)) == 1, "the runner runs", 60)
         program.kill()
-    wait_for(lambda: left(options) == [] and running(options) == [], "nothing is left")
+    wait_for(lambda: running(options) == [], "the runner has ended")
+    wait_for(lambda: left(options) == [], "nothing is left")
 
 
 def test_a_full_disk(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
