@@ -19,6 +19,7 @@ from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
     from torch import Tensor, nn
 
     from gcvit_edge.backends import Runner
@@ -89,17 +90,23 @@ def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:
 
 def load(path: Path, threads: int) -> "Runner":
     """A CPU session that runs operators one after the other, each on `threads` threads."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = _session(path, threads, None)
 
     def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(session.run([_OUTPUT], {_INPUT: image})[0])
 
     return run
+
+
+def _session(path: Path, threads: int, profile_prefix: Path | None) -> "InferenceSession":
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_prefix)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def requirements(path: Path) -> dict[str, Any]:
@@ -121,13 +128,8 @@ _KINDS: dict[Kind, set[str]] = {
 
 def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
     """From ONNX Runtime's own profiler. Source: ONNX Runtime documentation, "Profiling tools"."""
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = _session(path, threads, Path(folder) / "profile")
         for _ in range(runs):
             session.run(None, {_INPUT: image})
         events = json.loads(Path(session.end_profiling()).read_text())

@@ -11,12 +11,10 @@ class Arithmetic:
     """How a runtime computes in integers, where it is fastest.
 
     activations: integer type of static activations. linear: scales of a linear's input, fixed or found when it runs, one for the
-    tensor or one a row. linear_output, conv_output: whether its kernels answer in integers too. depthwise: whether an integer
-    depthwise convolution gains anything.
+    tensor or one a row. linear_output, conv_output: whether its kernels answer in integers too.
     """
 
     activations: Signedness
     linear: Literal["static", "dynamic", "dynamic_row"] = "static"
     linear_output: bool = False
     conv_output: bool = False
-    depthwise: bool = False

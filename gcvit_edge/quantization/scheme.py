@@ -29,7 +29,7 @@ def quantize(deployed: nn.Module, operators: frozenset[Operator], arithmetic: Ar
             if arithmetic.linear == "dynamic_row":
                 return DynamicRowLinear(module)
             return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
-        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module, arithmetic):
+        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):
             return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.conv_output else None)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
             return RoundedPoint(affine(name))
@@ -43,7 +43,8 @@ def quantize(deployed: nn.Module, operators: frozenset[Operator], arithmetic: Ar
     return quantized
 
 
-def _is_worth_it(conv: nn.Conv2d, arithmetic: Arithmetic) -> bool:
-    """The convolution of the image, 1 % of the work, would alone be half of the noise."""
+def _is_worth_it(conv: nn.Conv2d) -> bool:
+    """Not the convolution of the image: 1 % of the work, it would alone be half of the noise. Nor depthwise ones, for which rounding
+    costs what integers gain, in every runtime (benchmarks/NOTES.md)."""
     reads_image = conv.in_channels <= 4
-    return not reads_image and (conv.groups == 1 or arithmetic.depthwise)
+    return not reads_image and conv.groups == 1
