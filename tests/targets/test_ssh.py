@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,7 +227,8 @@ def cut(board: Board) -> None:
     """Ends the connections to the board from there, as if the network were gone."""
     for pid in board.connections():
         subprocess.run(["pkill", "-KILL", "-P", str(pid), "sshd"], check=False)  # the user's part, where sshd has one
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # which may have ended it already
+            os.kill(pid, signal.SIGKILL)
 
 
 def running(options: Options) -> list[int]:
