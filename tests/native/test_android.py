@@ -33,6 +33,7 @@ set(CMAKE_FIND_ROOT_PATH_MODE_PACKAGE ONLY)
 """
 CONFIG = """
 set(root "${CMAKE_CURRENT_LIST_DIR}/../../..")
+set(EXECUTORCH_INCLUDE_DIRS ${root}/include ${root}/include/executorch/runtime/core/portable_type/c10 ${root}/lib)
 function(provide target library)
   add_library(${target} SHARED IMPORTED)
   set_target_properties(${target} PROPERTIES
