@@ -140,11 +140,12 @@ def start_adbd(folder: Path) -> Iterator[Phone]:
     libraries = next((ADBD / "usr/lib").glob("*-linux-gnu"))
     loader = f"{next(libraries.glob('ld-linux*'))} --library-path {libraries}/android:{libraries}"
     socket_file = folder / "adb"
-    environment = os.environ | {"ADB_SERVER_SOCKET": f"localfilesystem:{socket_file}", "ADB_LOCAL_TRANSPORT_MAX_PORT": "0"}  # no emulators
+    # adb takes what it finds on the ports from 5555 to 5585 when it starts for emulators, and would know adbd under a third name
+    environment = os.environ | {"ADB_SERVER_SOCKET": f"localfilesystem:{socket_file}", "ADBD_PORT": "5600"}
     unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
     program = ADBD / "usr/lib/android-sdk/platform-tools/adbd"
     script = f"ip link set lo up; {loader} {program} & echo $!; exec 1>&2; adb nodaemon server & wait"
-    serials = "127.0.0.1:5555", "localhost:5555"
+    serials = "127.0.0.1:5600", "localhost:5600"
 
     def adb(*words: str) -> str:
         return subprocess.run(["adb", *words], env=environment, capture_output=True, text=True).stdout
