@@ -26,13 +26,11 @@ from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.model.create import create_model, describe_model, load_model
-from gcvit_edge.model.deploy import deploy
-from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
-from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.targets.local import Timing, default_threads, time_artifacts
@@ -126,8 +124,8 @@ def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes:
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
     images = calibration_inputs(info, folder)
-    ranges = observe(deploy(model, Form()), images)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    calibrated = calibrate(model, recipe, lambda: iter(images))
     artifacts: list[tuple[str, Artifact]] = []
     for runtime in runtimes:
         ours, stock = folder / "ours", folder / f"stock-{runtime}"
@@ -141,7 +139,7 @@ def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes:
                     if precision == "float":
                         lower_float(runtime, model, info, ours)
                     else:
-                        lower_quantized(runtime, model, info, recipe, ranges, ours)
+                        lower_quantized(runtime, calibrated, info, recipe, ours)
             artifacts += [("stock", found(runtime, precision, stock)), ("ours", found(runtime, precision, ours))]
     return artifacts
 

@@ -11,7 +11,6 @@ from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.machine import cpu_name, int8_features
-from gcvit_edge.model.form import Form
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names
@@ -59,8 +58,7 @@ def _try(name: str) -> str:
     import torch
 
     from gcvit_edge.model.create import create_model, describe_model
-    from gcvit_edge.model.deploy import deploy
-    from gcvit_edge.quantization.ranges import observe
+    from gcvit_edge.quantization.calibrate import calibrate
 
     try:
         torch.manual_seed(0)
@@ -68,9 +66,9 @@ def _try(name: str) -> str:
         info = describe_model(model)
         images = list(np.random.default_rng(0).standard_normal((8, 1, 3, 32, 32), np.float32))
         recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        ranges = observe(deploy(model, Form()), images)
+        calibrated = calibrate(model, recipe, lambda: iter(images))
         with tempfile.TemporaryDirectory() as folder:
-            artifact = lower_quantized(name, model, info, recipe, ranges, Path(folder))
+            artifact = lower_quantized(name, calibrated, info, recipe, Path(folder))
             got = load_backend(name).load(artifact.path, 1)(images[0])
         with torch.no_grad():
             parity = sqnr_db(got, model(torch.from_numpy(images[0])).numpy())

@@ -5,33 +5,33 @@ from typing import TYPE_CHECKING
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, load_backend
+from gcvit_edge.model.info import ModelInfo, read_config
 from gcvit_edge.recipe import Operator, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
     from gcvit_edge.model.gcvit import GCViT
-    from gcvit_edge.model.info import ModelInfo
-    from gcvit_edge.quantization.ranges import Ranges
+    from gcvit_edge.quantization.calibrate import Calibrated
 
 
-def lower_float(name: str, model: "GCViT", info: "ModelInfo", folder: Path) -> Artifact:
+def lower_float(name: str, model: "GCViT", info: ModelInfo, folder: Path) -> Artifact:
     """Writes the float artifact of backend `name` below `folder`, where a bundle has it."""
-    from gcvit_edge.model.deploy import deploy
+    from gcvit_edge.model.deploy import deploy, rewrite
 
     backend = load_backend(name)
-    return _save(name, deploy(model, backend.form(frozenset())), "float", model, info, folder)
+    return _save(name, rewrite(deploy(model), backend.form(frozenset())), "float", info, folder)
 
 
-def lower_quantized(name: str, model: "GCViT", info: "ModelInfo", recipe: Recipe, ranges: "Ranges", folder: Path) -> Artifact:
-    """Writes the artifact of backend `name` that `recipe` asks for; `ranges` are those of `quantization.ranges.observe`."""
-    from gcvit_edge.model.deploy import deploy
+def lower_quantized(name: str, calibrated: "Calibrated", info: ModelInfo, recipe: Recipe, folder: Path) -> Artifact:
+    """Writes the artifact of backend `name` that `recipe` asks for."""
+    from gcvit_edge.model.deploy import rewrite
     from gcvit_edge.quantization.scheme import quantize
 
     backend = load_backend(name)
     operators = integer_operators(recipe, backend)
-    quantized = quantize(deploy(model, backend.form(operators)), operators, backend.ARITHMETIC, ranges)
-    return _save(name, quantized, recipe.precision, model, info, folder)
+    quantized = quantize(rewrite(calibrated.network, backend.form(operators)), operators, backend.ARITHMETIC, calibrated.ranges)
+    return _save(name, quantized, recipe.precision, info, folder)
 
 
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
@@ -39,12 +39,13 @@ def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
     return frozenset(recipe.operators) & backend.INTEGER_OPERATORS
 
 
-def _save(name: str, network: "nn.Module", precision: str, model: "GCViT", info: "ModelInfo", folder: Path) -> Artifact:
+def _save(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:
     import torch
 
     backend = load_backend(name)
     path = folder / backend.ARTIFACT.format(precision=precision)
     path.parent.mkdir(parents=True, exist_ok=True)
-    example = torch.zeros(1, model.config.in_chans, *model.config.img_size)
+    config = read_config(info.config)
+    example = torch.zeros(1, config.in_chans, *config.img_size)
     files = backend.save(backend.capture(network, example), path, info)
     return Artifact(name, precision, path, tuple(files))  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import gc
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,14 @@ from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.lower import integer_operators, lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
-from gcvit_edge.model.form import Form
 from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
-from gcvit_edge.progress import Advance, Steps
+from gcvit_edge.progress import Steps
 from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
-    from gcvit_edge.quantization.ranges import Ranges
+    from gcvit_edge.quantization.calibrate import Calibrated
 
 GOLDEN_IMAGES = 2
 TIMED_ROUNDS = 20
@@ -86,8 +85,8 @@ def run_job(job: Job, steps: Steps) -> Bundle:
         work = Path(scratch)
         calibration = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
-        ranges = _calibrate(job, calibration, steps)
-        made = [_make(job, name, ranges, stage if job.keep_float else work, stage, steps) for name in job.backends]
+        calibrated = _calibrate(job, calibration, steps)
+        made = [_make(job, name, calibrated, stage if job.keep_float else work, stage, steps) for name in job.backends]
         report = _measure(job, made, pixels, stage, steps)
         report["skipped_images"] = [*calibration.skipped, *pixels.skipped]
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
@@ -103,29 +102,22 @@ def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name:
         return decode_images(images, preprocessing, file, advance)
 
 
-def _calibrate(job: Job, images: Pixels, steps: Steps) -> "Ranges":
-    """Ranges of activations, observed once for all backends."""
-    from gcvit_edge.model.deploy import deploy
-    from gcvit_edge.quantization.ranges import observe
+def _calibrate(job: Job, images: Pixels, steps: Steps) -> "Calibrated":
+    """Once for all backends."""
+    from gcvit_edge.quantization.calibrate import calibrate
 
-    with steps.step("calibrate", len(images.kept)) as advance:
-        return observe(deploy(job.model, Form()), _announced(images, job.info.preprocessing, advance))
+    with steps.step("calibrate"):
+        return calibrate(job.model, job.recipe, lambda: inputs(images, job.info.preprocessing))
 
 
-def _make(job: Job, name: str, ranges: "Ranges", float_folder: Path, stage: Path, steps: Steps) -> Made:
+def _make(job: Job, name: str, calibrated: "Calibrated", float_folder: Path, stage: Path, steps: Steps) -> Made:
     """Float and INT8 artifact of one backend."""
     with steps.step(f"{name}: export float"):
         float_artifact = lower_float(name, job.model, job.info, float_folder)
     with steps.step(f"{name}: export {job.recipe.precision}"):
-        int8_artifact = lower_quantized(name, job.model, job.info, job.recipe, ranges, stage)
+        int8_artifact = lower_quantized(name, calibrated, job.info, job.recipe, stage)
     gc.collect()
     return Made(float_artifact, int8_artifact)
-
-
-def _announced(calibration: Pixels, preprocessing: Preprocessing, advance: Advance) -> Iterator[NDArray[np.float32]]:
-    for image in inputs(calibration, preprocessing):
-        yield image
-        advance()
 
 
 def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Recipe(Section):
     precision: Literal["int8"] = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
+    smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     limits: Limits = Limits()  # type: ignore[call-arg]
 

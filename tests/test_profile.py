@@ -8,10 +8,8 @@ import torch
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
-from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Operator, summarize, verdict
-from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
@@ -22,8 +20,9 @@ def test_profile_of_the_runtime_itself(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
     info, backend = describe_model(model), load_backend(name)
-    recipe, ranges = parse_recipe(recipe_text("int8_ptq"), "int8_ptq"), observe(deploy(model, Form()), IMAGES)
-    artifacts = [lower_float(name, model, info, tmp_path), lower_quantized(name, model, info, recipe, ranges, tmp_path)]
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    calibrated = calibrate(model, recipe, lambda: iter(IMAGES))
+    artifacts = [lower_float(name, model, info, tmp_path), lower_quantized(name, calibrated, info, recipe, tmp_path)]
     profiles = [summarize(*backend.profile(artifact.path, 1, IMAGES[0], 5)) for artifact in artifacts]
     linears = 44  # 62, of which OpenVINO merges those with the same input
     for profile, integer in zip(profiles, (False, True), strict=True):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # XNNPACK has integer kernels for these; ExecuTorch gives it products of two activations, softmax and GELU in float only
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "residual"})
-ARITHMETIC = Arithmetic(activations="int8", linear_output=True, conv_output=True)
+ARITHMETIC = Arithmetic(activations="int8", delicate="dynamic_row", linear_output=True, conv_output=True)
 ARTIFACT = "model.{precision}.pte"
 RUNTIME = "executorch.runtime"
 PACKAGES = ("executorch", "torch", "torchao")

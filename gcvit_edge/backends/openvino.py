@@ -32,7 +32,7 @@ PACKAGES = ("openvino", "torch")
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
-    return Form(norm="operator", attention="windows")
+    return Form(norm="operator", attention="windows", gains=frozenset())
 
 
 def capture(deployed: "nn.Module", example: "Tensor") -> "Model":

@@ -13,6 +13,9 @@ Exact rewrites (same logits up to float rounding), each for a reason:
 - The global query is never mixed up between images; written as products, it is multiplied with the keys of all windows of its
   image in one product, never tiled.
 
+The form is built once, in the way that `Form()` says, which is the one that quantization works on: weights are changed and ranges
+observed there. `rewrite` then writes it as each backend wants it, with the same weights and the same names of layers.
+
 The batch size is fixed when the form is exported; in PyTorch any batch runs.
 """
 
@@ -23,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model import gcvit
+from gcvit_edge.model.folding import centred, fold_affine, fold_residual, linear
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import NORM_EPS
 
 
-def deploy(model: gcvit.GCViT, form: Form) -> nn.Module:
+def deploy(model: gcvit.GCViT) -> nn.Module:
     """The deploy form of a classifier: (B, in_chans, H, W) float32 -> (B, num_classes). `model` is not changed.
 
     Raises:
@@ -36,7 +40,27 @@ def deploy(model: gcvit.GCViT, form: Form) -> nn.Module:
     if model.head is None:
         raise ValueError("the deploy form needs a classifier, but this model has no head; create it with num_classes > 0")
     with torch.no_grad():
-        return _Network(copy.deepcopy(model), form).eval()  # parts of the copy live on in it
+        return _Network(copy.deepcopy(model)).eval()  # parts of the copy live on in it
+
+
+def rewrite(deployed: nn.Module, form: Form) -> nn.Module:
+    """A copy of what `deploy` gave, written as `form` says; names of layers and shapes of weights stay, but 1x1 convolutions have
+    two more axes where the form wants them as such."""
+    written = copy.deepcopy(deployed)
+    with torch.no_grad():
+        for module in list(written.modules()):
+            if isinstance(module, _Written):
+                module.write(form)
+    return written
+
+
+class _Written(nn.Module):
+    """A part that can be written in more than one way."""
+
+    form = Form()
+
+    def write(self, form: Form) -> None:
+        self.form = form
 
 
 class Constant(nn.Module):
@@ -56,47 +80,41 @@ class Point(nn.Identity):
     """A place between operators where quantization may round activations to integers."""
 
 
+class Gain(_Written):
+    """A factor by channel of the output of a layer, on its last axis: 1 until channels are scaled."""
+
+    value: Tensor
+    scaled = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.ones(dim))
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        self.scaled = bool((self.value != 1).any())
+
+    def fold(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Moves the factor into the layer before it."""
+        layer.weight *= self.value.view(-1, *[1] * (layer.weight.ndim - 1))
+        if layer.bias is not None:
+            layer.bias.mul_(self.value)
+        self.value.fill_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.value if self.scaled else x
+
+
 class Residual(nn.Module):
     """Addition to the residual stream; `stream`, `branch` and `sum` are what an integer addition would round."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
+        self.gain = Gain(dim)
         self.stream, self.branch, self.sum = Point(), Point(), Point()
 
     def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
-        return self.sum(self.stream(stream) + self.branch(branch))
-
-
-# Weights: (out, in) and bias (out,) of linears, folded
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    linear.weight.copy_(weight)
-    if bias is not None:
-        linear.bias.copy_(bias)
-    return linear
-
-
-def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """linear(x * gamma + beta) as one linear of x."""
-    return linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias
-
-
-def _fold_residual(linear: nn.Linear, layer_scale: nn.Module) -> nn.Linear:
-    """A linear that writes the residual stream: layer scale folded in, centred over its outputs."""
-    weight, bias = linear.weight, linear.bias
-    if isinstance(layer_scale, gcvit.LayerScale):
-        weight, bias = weight * layer_scale.gamma[:, None], bias * layer_scale.gamma
-    return _linear(weight - weight.mean(0), bias - bias.mean())
-
-
-def _centred(conv: nn.Conv2d) -> nn.Conv2d:
-    """A convolution whose output has mean 0 over channels; `conv` itself is changed."""
-    conv.weight -= conv.weight.mean(0)
-    if conv.bias is not None:
-        conv.bias -= conv.bias.mean()
-    return conv
+        return self.sum(self.stream(stream) + self.branch(self.gain(branch)))
 
 
 # Between tokens (B * H * W, C), row by row, and feature maps (B, C, H, W)
@@ -113,51 +131,60 @@ def _feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
 # Norms of tokens that are centred over channels: there LayerNorm is RMS norm
 
 
-class _RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), without affine."""
+class RMSNorm(_Written):
+    """weight * x / sqrt(mean(x^2) + eps). The weight is 1, the norm's own being in the layers behind it, until channels are scaled."""
 
-    ones: Tensor
+    weight: Tensor
     average: Tensor
     eps: Tensor
 
-    def __init__(self, dim: int, form: Form) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim, self.form = dim, form
-        if form.norm == "operator":  # which has a weight in ONNX; if none is given, the exporter makes one of the size of x
-            self.register_buffer("ones", torch.ones(dim))
-        else:
+        # in ONNX the operator has a weight; if none is given, the exporter makes one of the size of x
+        self.register_buffer("weight", torch.ones(dim))
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        if form.norm == "products":
+            dim = self.weight.numel()
             self.register_buffer("average", torch.full((1, dim), 1 / dim))
             self.register_buffer("eps", torch.full((1,), NORM_EPS))
+            self.scaled = bool((self.weight != 1).any())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form.norm == "operator":
-            return F.rms_norm(x, (self.dim,), self.ones, NORM_EPS)
-        return x * torch.rsqrt(F.linear(x * x, self.average, self.eps))
+            return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        x = x * torch.rsqrt(F.linear(x * x, self.average, self.eps))
+        return x * self.weight if self.scaled else x
 
 
-class _AffineNorm(_RMSNorm):
+class AffineNorm(RMSNorm):
     """With the affine of a LayerNorm that stands before a convolution, where it cannot be folded."""
 
-    def __init__(self, norm: nn.LayerNorm, form: Form) -> None:
-        super().__init__(norm.weight.numel(), form)
-        self.weight, self.bias = norm.weight, norm.bias
+    bias: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__(norm.weight.numel())
+        self.weight.copy_(norm.weight)
+        self.register_buffer("bias", norm.bias.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.form.norm == "operator":
-            return F.rms_norm(x, (self.dim,), self.weight, NORM_EPS) + self.bias
-        return super().forward(x) * self.weight + self.bias
+        return super().forward(x) + self.bias
 
 
-class _Centre(nn.Module):
+class _Centre(_Written):
     """x - mean(x) over channels."""
 
     average: Tensor
 
-    def __init__(self, dim: int, form: Form) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.form = form
+        self.dim = dim
+
+    def write(self, form: Form) -> None:
+        super().write(form)
         if form.norm == "products":
-            self.register_buffer("average", torch.full((1, dim), 1 / dim))
+            self.register_buffer("average", torch.full((1, self.dim), 1 / self.dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return x - (x.mean(-1, keepdim=True) if self.form.norm == "operator" else F.linear(x, self.average))
@@ -166,29 +193,35 @@ class _Centre(nn.Module):
 # Attention and blocks on tokens (B * windows * N, C), windows one after the other
 
 
-class _Attention(nn.Module):
+class Attention(_Written):
     """Window attention on normalised tokens; `query` is (B, N, C), used by global blocks only."""
 
-    def __init__(self, block: gcvit.Block, windows: int, form: Form) -> None:
+    head_major = False
+
+    def __init__(self, block: gcvit.Block, windows: int) -> None:
         super().__init__()
         attention = block.attn
-        weight, bias = _fold_affine(block.norm1, attention.qkv)
+        weight, bias = fold_affine(block.norm1, attention.qkv)
         dim = weight.shape[1]
         weights, biases = list(weight.split(dim)), list(bias.split(dim))
         scale = (dim // attention.num_heads) ** -0.5
         weights[0], biases[0] = weights[0] * scale, biases[0] * scale  # q of a local block, k of a global one
-        self.q = None if attention.use_global else _linear(weights[0], biases[0])
-        self.k = _linear(weights[-2], biases[-2])
-        self.v = _linear(weights[-1], biases[-1])
-        self.proj = _fold_residual(attention.proj, block.ls1)
+        self.q = None if attention.use_global else linear(weights[0], biases[0])
+        self.k = linear(weights[-2], biases[-2])
+        self.v = linear(weights[-1], biases[-1])
+        self.proj = fold_residual(attention.proj, block.ls1)
         position_bias = attention.rel_pos().contiguous()
         self.heads, self.tokens = position_bias.shape[:2]
-        self.windows, self.form = windows, form
-        # head-major scores (B * heads, windows, N, N) of global blocks with several windows want (heads, 1, N, N)
-        self.head_major = attention.use_global and windows > 1 and form.attention == "bmm"
-        position_bias = position_bias[:, None] if self.head_major else position_bias[None]
-        self.position_bias = Constant(position_bias)
+        self.windows = windows
+        self.position_bias = Constant(position_bias[None])
         self.query, self.key, self.softmax, self.value = Point(), Point(), Point(), Point()
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        # scores (B * heads, windows, N, N) of global blocks with several windows, which want a bias of (heads, 1, N, N)
+        self.head_major = self.q is None and self.windows > 1 and form.attention == "bmm"
+        if self.head_major:
+            self.position_bias.value = self.position_bias.value.transpose(0, 1).contiguous()
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
         if self.head_major:
@@ -237,14 +270,23 @@ class _Attention(nn.Module):
         return flat.view(*a.shape[:2], *flat.shape[1:])
 
 
-class _Block(nn.Module):
-    def __init__(self, block: gcvit.Block, windows: int, form: Form) -> None:
+class Block(_Written):
+    """Attention and MLP with their residuals, on centred tokens, which they keep centred."""
+
+    def __init__(self, block: gcvit.Block, windows: int) -> None:
         super().__init__()
-        self.norm1 = self.norm2 = _RMSNorm(block.norm1.weight.numel(), form)
-        self.attention = _Attention(block, windows, form)
-        self.fc1 = _linear(*_fold_affine(block.norm2, block.mlp.fc1))
-        self.fc2 = _fold_residual(block.mlp.fc2, block.ls2)
-        self.residual1, self.residual2 = Residual(), Residual()
+        dim = block.norm1.weight.numel()
+        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.attention = Attention(block, windows)
+        self.fc1 = linear(*fold_affine(block.norm2, block.mlp.fc1))
+        self.fc2 = fold_residual(block.mlp.fc2, block.ls2)
+        self.residual1, self.residual2 = Residual(dim), Residual(dim)
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        if "linear" not in form.gains:
+            self.residual1.gain.fold(self.attention.proj)
+            self.residual2.gain.fold(self.fc2)
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
         x = self.residual1(x, self.attention(self.norm1(x), query))
@@ -254,55 +296,69 @@ class _Block(nn.Module):
 # Convolutional parts: tokens in and out, row by row; `size` is the height and width of their feature map
 
 
-class _MBConv(nn.Module):
+class MBConv(_Written):
     """Fused-MBConv of tokens, or of a feature map if its pointwise convolution is one."""
 
-    def __init__(self, block: gcvit.FusedMBConv, size: tuple[int, int], form: Form) -> None:
+    def __init__(self, block: gcvit.FusedMBConv, size: tuple[int, int]) -> None:
         super().__init__()
-        self.size, self.form = size, form
+        self.size = size
         self.depthwise = block.conv_dw
-        self.squeeze, self.excite = _linear(block.se.fc1.weight[:, :, 0, 0]), _linear(block.se.fc2.weight[:, :, 0, 0])
-        self.pointwise = block.conv_pw if form.pointwise == "conv" else _linear(block.conv_pw.weight[:, :, 0, 0])
+        self.squeeze, self.excite = linear(block.se.fc1.weight[:, :, 0, 0]), linear(block.se.fc2.weight[:, :, 0, 0])
+        self.pointwise: nn.Linear | nn.Conv2d = linear(block.conv_pw.weight[:, :, 0, 0])
+        self.gain = Gain(self.pointwise.in_features)  # of what the pointwise convolution reads
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        if form.pointwise == "conv":
+            weight = self.pointwise.weight
+            self.pointwise = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
+            self.pointwise.weight.copy_(weight[:, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.form.pointwise == "conv"
         y = F.gelu(self.depthwise(x if maps else _feature_map(x, self.size)))
         # the mean of a feature map, with axes kept, is the one form of it that XNNPACK has
         mean = y.mean((2, 3), keepdim=True).reshape(-1, y.shape[1])
-        gate = self.excite(F.gelu(self.squeeze(mean))).sigmoid()
+        gate = self.gain(self.excite(F.gelu(self.squeeze(mean))).sigmoid())
         y = y * gate.reshape(-1, y.shape[1], 1, 1)
         return x + self.pointwise(y if maps else _tokens(y))
 
 
-class _Downsample(nn.Module):
+class Downsample(_Written):
     """Centred tokens of a feature map of `size` -> tokens of one of half the size."""
 
-    def __init__(self, down: gcvit.Downsample, size: tuple[int, int], form: Form) -> None:
+    def __init__(self, down: gcvit.Downsample, size: tuple[int, int]) -> None:
         super().__init__()
-        self.size, self.form = size, form
-        self.norm1, self.norm2 = _AffineNorm(down.norm1, form), _AffineNorm(down.norm2, form)
-        self.conv_block = _MBConv(down.conv_block, size, form)
-        self.reduction = _centred(down.reduction)
+        self.size = size
+        self.norm1, self.norm2 = AffineNorm(down.norm1), AffineNorm(down.norm2)
+        self.conv_block = MBConv(down.conv_block, size)
+        self.reduction = centred(down.reduction)
+        self.gain = Gain(self.reduction.out_channels)
+
+    def write(self, form: Form) -> None:
+        super().write(form)
+        if "conv" not in form.gains:
+            self.gain.fold(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x)
         maps = self.form.pointwise == "conv"
         x = self.conv_block(_feature_map(x, self.size)) if maps else _feature_map(self.conv_block(x), self.size)
-        return self.norm2(_tokens(self.reduction(x)))
+        return self.norm2(self.gain(_tokens(self.reduction(x))))
 
 
-class _GlobalQuery(nn.Module):
+class _GlobalQuery(_Written):
     """Tokens of a stage -> (B, N, C), what its blocks use in place of their own queries."""
 
-    def __init__(self, generator: gcvit.GlobalQueryGenerator, size: tuple[int, int], form: Form) -> None:
+    def __init__(self, generator: gcvit.GlobalQueryGenerator, size: tuple[int, int]) -> None:
         super().__init__()
-        self.size, self.form = size, form
+        self.size = size
         self.blocks = nn.ModuleList()
         for block in generator.blocks:
             if isinstance(block, gcvit.FusedMBConv):
-                self.blocks.append(_MBConv(block, size, form))
+                self.blocks.append(MBConv(block, size))
             else:
-                self.blocks.append(_Pool(block, size, form))
+                self.blocks.append(_Pool(block, size))
                 size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
         self.positions = size[0] * size[1]
 
@@ -317,12 +373,12 @@ class _GlobalQuery(nn.Module):
         return x.reshape(-1, self.positions, dim)
 
 
-class _Pool(nn.Module):
-    """3x3 max pooling of stride 2, of what `_MBConv` works on."""
+class _Pool(_Written):
+    """3x3 max pooling of stride 2, of what `MBConv` works on."""
 
-    def __init__(self, pool: nn.Module, size: tuple[int, int], form: Form) -> None:
+    def __init__(self, pool: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
-        self.pool, self.size, self.form = pool, size, form
+        self.pool, self.size = pool, size
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(x) if self.form.pointwise == "conv" else _tokens(self.pool(_feature_map(x, self.size)))
@@ -332,18 +388,18 @@ class _Pool(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, model: gcvit.GCViT, index: int, form: Form) -> None:
+    def __init__(self, model: gcvit.GCViT, index: int) -> None:
         super().__init__()
         config, stage = model.config, model.stages[index]
         assert isinstance(stage, gcvit.Stage)
         self.dim, self.size, self.window = config.stage_dim(index), config.feature_size(index), config.window(index)
         self.rows, self.cols = self.size[0] // self.window[0], self.size[1] // self.window[1]
         down = stage.downsample if isinstance(stage.downsample, gcvit.Downsample) else model.stem.down
-        self.downsample = _Downsample(down, (2 * self.size[0], 2 * self.size[1]), form)
-        self.global_query = _GlobalQuery(stage.global_block, self.size, form)
-        self.centre = _Centre(self.dim, form)
+        self.downsample = Downsample(down, (2 * self.size[0], 2 * self.size[1]))
+        self.global_query = _GlobalQuery(stage.global_block, self.size)
+        self.centre = _Centre(self.dim)
         blocks: list[gcvit.Block] = list(stage.blocks)  # type: ignore[arg-type]
-        self.blocks = nn.ModuleList(_Block(block, self.rows * self.cols, form) for block in blocks)
+        self.blocks = nn.ModuleList(Block(block, self.rows * self.cols) for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Centred tokens (B * 2H * 2W, C_in) -> centred tokens (B * H * W, C)."""
@@ -368,17 +424,17 @@ class _Stage(nn.Module):
 
 
 class _Network(nn.Module):
-    def __init__(self, model: gcvit.GCViT, form: Form) -> None:
+    def __init__(self, model: gcvit.GCViT) -> None:
         super().__init__()
         assert model.head is not None  # deploy() has checked
         config = model.config
-        self.conv1 = _centred(model.stem.conv1)
-        self.stages = nn.ModuleList(_Stage(model, index, form) for index in range(len(config.depths)))
+        self.conv1 = centred(model.stem.conv1)
+        self.stages = nn.ModuleList(_Stage(model, index) for index in range(len(config.depths)))
         self.size, self.dim = config.feature_size(3), config.stage_dim(3)
-        self.norm = _RMSNorm(self.dim, form)
+        self.norm = RMSNorm(self.dim)
         last_norm = model.stages[-1].norm
         assert isinstance(last_norm, nn.LayerNorm)
-        self.head = _linear(*_fold_affine(last_norm, model.head.fc))
+        self.head = linear(*fold_affine(last_norm, model.head.fc))
 
     def forward(self, image: Tensor) -> Tensor:
         x = _tokens(self.conv1(image))

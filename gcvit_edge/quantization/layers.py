@@ -39,6 +39,17 @@ class StaticLayer(nn.Module):
         return y if self.output is None else self.output.round_trip(y)
 
 
+class WeightLinear(nn.Module):
+    """A linear with an INT8 weight that computes in float."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = IntegerWeight(layer.weight), layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(), self.bias)
+
+
 class DynamicRowLinear(nn.Module):
     """A linear whose input rows are each rounded with a scale found when it runs, as XNNPACK's `qd8` kernels do."""
 

@@ -12,10 +12,8 @@ from gcvit_edge.bundle import sha256
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
-from gcvit_edge.model.form import Form
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import Session
 
@@ -32,7 +30,7 @@ class Made:
         self.info: ModelInfo = describe_model(self.model)
         self.backend: Backend = load_backend(name)
         self.recipe: Recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        self.ranges = observe(deploy(self.model, Form()), IMAGES)
+        self.calibrated = calibrate(self.model, self.recipe, lambda: iter(IMAGES))
         self.float = lower_float(name, self.model, self.info, folder)
         self.int8 = self.quantized(folder)
         self.float_again = lower_float(name, self.model, self.info, folder / "again")  # quantization must not have changed the model
@@ -41,7 +39,7 @@ class Made:
 
     def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv")) -> Artifact:
         recipe = self.recipe.model_copy(update={"operators": operators})
-        return lower_quantized(self.float.backend, self.model, self.info, recipe, self.ranges, folder)
+        return lower_quantized(self.float.backend, self.calibrated, self.info, recipe, folder)
 
     def run(self, artifact: Artifact, threads: int = 1) -> np.ndarray:
         run = self.backend.load(artifact.path, threads)

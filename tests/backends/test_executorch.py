@@ -11,7 +11,7 @@ from gcvit_edge.backends import executorch as backend
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize
@@ -26,7 +26,7 @@ def small_model() -> torch.nn.Module:
 
 
 def captured(model: torch.nn.Module, arithmetic: Arithmetic | None) -> torch.export.ExportedProgram:
-    deployed = deploy(model, backend.form(OPERATORS if arithmetic else frozenset()))
+    deployed = rewrite(deploy(model), backend.form(OPERATORS if arithmetic else frozenset()))
     if arithmetic:
         deployed = quantize(deployed, OPERATORS, arithmetic, observe(deployed, IMAGES))
     return backend.capture(deployed, torch.zeros(1, 3, *model.config.img_size))

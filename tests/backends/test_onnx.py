@@ -9,9 +9,7 @@ import torch
 from gcvit_edge.data import Labels
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
-from gcvit_edge.model.form import Form
-from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
@@ -22,7 +20,7 @@ def quantized(tmp_path: Path) -> onnx.ModelProto:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    artifact = lower_quantized("onnx", model, info, RECIPE, observe(deploy(model, Form()), IMAGES), tmp_path)
+    artifact = lower_quantized("onnx", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path)
     return onnx.load(artifact.path)
 
 

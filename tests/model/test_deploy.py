@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gcvit_edge.data import default_preprocessing, read_image
-from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.variants import VARIANTS
 
@@ -43,14 +43,14 @@ def images(model, batch=1):
 
 
 def exported(model, form, batch=1):
-    return torch.export.export(deploy(model, form), (images(model, batch),)).graph
+    return torch.export.export(rewrite(deploy(model), form), (images(model, batch),)).graph
 
 
 @forms
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_logits_as_the_training_form(make_model, shape, form):
     model = make_model(**SHAPES[shape])
-    small = deploy(model, form)
+    small = rewrite(deploy(model), form)
     for batch in (1, 3):
         x = images(model, batch)
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_same_logits_as_the_training_form(make_model, shape, form):
 
 @forms
 def test_logits_do_not_depend_on_the_rest_of_the_batch(tiny_model, form):
-    small = deploy(tiny_model, form)
+    small = rewrite(deploy(tiny_model), form)
     x = images(tiny_model, 4) * torch.tensor([1.0, 30.0, 0.1, 1.0]).view(4, 1, 1, 1)
     with torch.no_grad():
         batch = small(x)
@@ -127,13 +127,13 @@ def test_operators_are_those_of_the_form(tiny_model, form):
 
 
 def test_pointwise_convolutions_are_linears(tiny_model):
-    kernels = [module.kernel_size for module in deploy(tiny_model, Form()).modules() if isinstance(module, torch.nn.Conv2d)]
+    kernels = [module.kernel_size for module in deploy(tiny_model).modules() if isinstance(module, torch.nn.Conv2d)]
     assert len(kernels) > 10
     assert set(kernels) == {(3, 3)}
 
 
 def test_position_bias_and_layer_scale_are_folded(make_model):
-    small = deploy(make_model(layer_scale=0.1), Form())
+    small = deploy(make_model(layer_scale=0.1))
     names = [name for name, _ in small.named_parameters()]
     assert not any("gamma" in name or "relative_position" in name for name in names)
     biases = [buffer.shape for name, buffer in small.named_buffers() if name.endswith("position_bias.value")]
@@ -145,9 +145,9 @@ def test_position_bias_and_layer_scale_are_folded(make_model):
 def test_what_norms_read_is_centred(make_model, form):
     """Every layer that writes what a norm reads writes vectors of mean 0; only then is an RMS norm a LayerNorm."""
     model = make_model(layer_scale=0.1)
-    small, means = deploy(model, form), []
+    small, means = rewrite(deploy(model), form), []
     for module in small.modules():
-        if type(module).__name__ in ("_RMSNorm", "_AffineNorm"):
+        if type(module).__name__ in ("RMSNorm", "AffineNorm"):
             module.register_forward_pre_hook(lambda module, inputs: means.append(float(inputs[0].mean(-1).abs().max())))
     with torch.no_grad():
         small(images(model))
@@ -160,7 +160,7 @@ def test_model_is_not_changed(make_model, form):
     model = make_model(layer_scale=0.1).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config, text = model.config, str(model)
-    small = deploy(model, form)
+    small = rewrite(deploy(model), form)
     assert not small.training
     assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == []
     assert list(model.state_dict()) == list(before)
@@ -170,7 +170,7 @@ def test_model_is_not_changed(make_model, form):
 
 def test_later_changes_of_the_deploy_form_do_not_reach_the_model(tiny_model):
     before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
-    small = deploy(tiny_model, Form())
+    small = deploy(tiny_model)
     with torch.no_grad():
         for tensor in (*small.parameters(), *small.buffers()):
             tensor.zero_()
@@ -179,12 +179,12 @@ def test_later_changes_of_the_deploy_form_do_not_reach_the_model(tiny_model):
 
 def test_no_head(make_model):
     with pytest.raises(ValueError, match="has no head; create it with num_classes > 0"):
-        deploy(make_model(features_only=True), Form())
+        deploy(make_model(features_only=True))
 
 
 def test_exported_program_is_the_model(tiny_model):
     x = images(tiny_model)
-    program = torch.export.export(deploy(tiny_model, Form(norm="products", attention="bmm")), (x,)).module()
+    program = torch.export.export(rewrite(deploy(tiny_model), Form(norm="products", attention="bmm")), (x,)).module()
     with torch.no_grad():
         assert relative(program(x), tiny_model(x)) < 1e-5
 
@@ -204,7 +204,7 @@ def test_every_official_variant(make_model, request, name):
         expected = model(x)
         errors = []
         for form in (Form(norm="products", attention="bmm"), Form(norm="operator", attention="windows")):
-            small = deploy(model, form)
+            small = rewrite(deploy(model), form)
             errors.append(relative(small(x), expected))
             del small
             gc.collect()

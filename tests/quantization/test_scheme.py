@@ -7,7 +7,7 @@ from torch import nn
 
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model
-from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.integers import IntegerConstant
@@ -27,7 +27,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def ranges(model: nn.Module) -> Ranges:
-    return observe(deploy(model, Form()), IMAGES)
+    return observe(deploy(model), IMAGES)
 
 
 def logits(network: nn.Module) -> np.ndarray:
@@ -41,27 +41,27 @@ def kinds(network: nn.Module, kind: type) -> list[str]:
 
 @pytest.mark.parametrize("form", [Form(norm="products", attention="bmm", pointwise="conv"), Form(norm="products")])
 def test_ranges_are_the_same_in_every_form(model: nn.Module, ranges: Ranges, form: Form) -> None:
-    other = observe(deploy(model, form), IMAGES)
+    other = observe(rewrite(deploy(model), form), IMAGES)
     assert other.keys() == ranges.keys()
     for place, (low, high) in ranges.items():
         assert other[place] == pytest.approx((low, high), rel=1e-3, abs=1e-4), place
 
 
 def test_ranges_are_extremes_over_all_images(model: nn.Module, ranges: Ranges) -> None:
-    single = [observe(deploy(model, Form()), [image]) for image in IMAGES]
+    single = [observe(deploy(model), [image]) for image in IMAGES]
     for place, (low, high) in ranges.items():
         assert low == min(each[place][0] for each in single)
         assert high == max(each[place][1] for each in single)
 
 
 def test_observing_leaves_no_hooks(model: nn.Module) -> None:
-    deployed = deploy(model, Form())
+    deployed = deploy(model)
     observe(deployed, IMAGES[:1])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in deployed.modules())
 
 
 def test_linears_and_dense_convolutions_are_integer_and_no_others(model: nn.Module, ranges: Ranges) -> None:
-    deployed = deploy(model, Form())
+    deployed = deploy(model)
     quantized = quantize(deployed, frozenset({"linear", "conv"}), STATIC, ranges)
     assert kinds(quantized, nn.Linear) == []
     assert kinds(quantized, nn.Conv2d) == ["conv1", *(name for name in kinds(deployed, nn.Conv2d) if name.endswith("depthwise"))]
@@ -72,7 +72,7 @@ def test_linears_and_dense_convolutions_are_integer_and_no_others(model: nn.Modu
 
 
 def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: Ranges) -> None:
-    deployed = deploy(model, Form())
+    deployed = deploy(model)
     nothing = quantize(deployed, frozenset(), STATIC, ranges)
     assert kinds(nothing, nn.Linear) == kinds(deployed, nn.Linear)
     assert sqnr_db(logits(nothing), logits(model)) > 60  # position biases are stored as INT8
@@ -92,7 +92,7 @@ def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: R
     ],
 )
 def test_dynamic_linears_are_more_exact(model: nn.Module, ranges: Ranges, arithmetic: Arithmetic, kind: type) -> None:
-    deployed = deploy(model, Form())
+    deployed = deploy(model)
     quantized = quantize(deployed, frozenset({"linear"}), arithmetic, ranges)
     assert len(kinds(quantized, kind)) == len(kinds(deployed, nn.Linear))
     static = quantize(deployed, frozenset({"linear"}), STATIC, ranges)

@@ -16,10 +16,8 @@ from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measure import benchmark_bundle
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
-from gcvit_edge.model.form import Form
 from gcvit_edge.progress import Steps
-from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.report.devices import count_lines
 from gcvit_edge.targets import Case, local
@@ -38,8 +36,9 @@ def int8(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Artifa
     """A random network in INT8."""
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
-    recipe, ranges = parse_recipe(recipe_text("int8_ptq"), "int8_ptq"), observe(deploy(model, Form()), np.split(images, len(images)))
-    return lower_quantized("executorch", model, describe_model(model), recipe, ranges, tmp_path_factory.mktemp("int8"))
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    calibrated = calibrate(model, recipe, lambda: iter(np.split(images, len(images))))
+    return lower_quantized("executorch", calibrated, describe_model(model), recipe, tmp_path_factory.mktemp("int8"))
 
 
 @pytest.fixture(scope="module")
