@@ -11,7 +11,7 @@ same input: one fresh process an artifact, the same threads, in turn, so that a 
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.model.create import create_model, describe_model, load_model
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
@@ -99,24 +101,33 @@ def stock_executorch(model: torch.nn.Module, images: list[np.ndarray], folder: P
 STOCK = {"executorch": stock_executorch, "onnx": stock_onnx, "openvino": stock_openvino}
 
 
-def build(name: str, img_size: int | None, folder: Path, steps: Steps) -> list[tuple[str, Artifact]]:
-    """(form, artifact) of both ways, float and INT8, in all runtimes; what `folder` has already is not built again."""
+def network(name: str, img_size: int | None) -> tuple[GCViT, ModelInfo]:
+    """The sample's weights where they fit, else random ones: speed does not depend on them."""
+    if name == SAMPLE_MODEL and img_size is None:
+        return load_model(str(sample_weights(name)))
+    torch.manual_seed(0)
+    model = create_model(name, img_size=img_size)
+    return model, describe_model(model)
+
+
+def calibration_inputs(info: ModelInfo, folder: Path) -> list[np.ndarray]:
+    """Network inputs (1, 3, H, W) of images of the sample; their pixels are decoded into `folder`."""
+    sample = find_images(resource_dir("calib") / "calib.zip", "calibration").select(CALIBRATION_IMAGES, 0)
+    return list(inputs(decode_images(sample, info.preprocessing, folder / "calib.npy"), info.preprocessing))
+
+
+def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes: Sequence[str]) -> list[tuple[str, Artifact]]:
+    """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already is not built again."""
     import timm
 
-    if name == SAMPLE_MODEL and img_size is None:
-        model, info = load_model(str(sample_weights(name)))
-    else:
-        torch.manual_seed(0)  # speed does not depend on the weights
-        model = create_model(name, img_size=img_size)
-        info = describe_model(model)
+    model, info = network(name, img_size)
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
-    sample = find_images(resource_dir("calib") / "calib.zip", "calibration").select(CALIBRATION_IMAGES, 0)
-    images = list(inputs(decode_images(sample, info.preprocessing, folder / "calib.npy"), info.preprocessing))
+    images = calibration_inputs(info, folder)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
     calibrated = calibrate(model, recipe, lambda: iter(images))
     artifacts: list[tuple[str, Artifact]] = []
-    for runtime in backend_names():
+    for runtime in runtimes:
         ours, stock = folder / "ours", folder / f"stock-{runtime}"
         if not stock.exists():
             with steps.step(f"{runtime}: stock"):
@@ -202,7 +213,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        built = build(arguments.model, arguments.img_size, folder, steps)
+        built = build(arguments.model, arguments.img_size, folder, steps, backend_names())
         if arguments.build_only:
             return
         side = create_model(arguments.model, img_size=arguments.img_size).config.img_size

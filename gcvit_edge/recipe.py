@@ -10,6 +10,7 @@ from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
 
 Operator = Literal["linear", "conv", "attention", "residual"]
+RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
 
 
 class Calibration(Section):
@@ -17,6 +18,7 @@ class Calibration(Section):
 
     images: int = Field(128, ge=1, strict=True, description="how many, spread evenly over the classes")
     seed: int = Field(0, strict=True, description="which ones")
+    ranges: RangeMethod = Field("minmax", description="how a range follows from what was seen; see quantization/ranges.py")
 
 
 class Limits(Section):

@@ -99,7 +99,7 @@ def time_sessions(
     first = [session.time(image, 1).ms[0] for session in sessions]
     warmed = [warm_up(session, image) for session in sessions]
     samples: list[list[float]] = [[] for _ in sessions]
-    joules: list[dict[str, float]] = [{} for _ in sessions]
+    joules: list[list[dict[str, float]]] = [[] for _ in sessions]
     unfinished = list(range(len(sessions)))
     while unfinished:
         for index in list(unfinished):
@@ -107,12 +107,16 @@ def time_sessions(
                 time.sleep(_SETTLE_SECONDS)
             timed = sessions[index].time(image, mode.runs_a_turn)
             samples[index] += timed.ms
-            for rail, used in timed.joules.items():
-                joules[index][rail] = joules[index].get(rail, 0.0) + used
+            joules[index].append(timed.joules)
             if len(samples[index]) >= mode.min_runs and sum(samples[index]) >= 1000 * mode.min_seconds:
                 unfinished.remove(index)
             advance()
     return [
-        Timing(threads, s.load_ms, first[i], tuple(samples[i]), s.peak_rss_mb(), s.runtime_rss_mb, *warmed[i], joules[i])
+        Timing(threads, s.load_ms, first[i], tuple(samples[i]), s.peak_rss_mb(), s.runtime_rss_mb, *warmed[i], _total(joules[i]))
         for i, s in enumerate(sessions)
     ]
+
+
+def _total(turns: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sum over all turns of each power rail that none of them lacks."""
+    return {rail: sum(turn[rail] for turn in turns) for rail in turns[0] if all(rail in turn for turn in turns)}

@@ -2,10 +2,11 @@
 
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
     python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
+    python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
     python scripts/update_results.py
 
-Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json is what that
-benchmark wrote; the table has one row a runtime.
+Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
+results/arm_counts/MODEL.json is what that benchmark wrote; the tables have one row a runtime, and one a file on an emulated CPU.
 """
 
 import json
@@ -67,6 +68,26 @@ def stock_table() -> str:
     return "\n".join([STOCK_BEGIN, STOCK_HEADER, *lines, STOCK_END])
 
 
+ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
+ARM_HEADER = """\
+| model | CPU | file | all | SDOT | SMMLA | FMLA | of our float | SQNR to x86 |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def arm_table() -> str:
+    """Millions of instructions on ARM, markers included."""
+    lines = []
+    for path in sorted((ROOT / "results" / "arm_counts").glob("*.json")):
+        entries = json.loads(path.read_text())
+        ours = {each["cpu"]: each["instructions"] for each in entries if (each["form"], each["precision"]) == ("ours", "float")}
+        for each in sorted(entries, key=lambda each: (each["cpu"], each["form"] == "ours", each["precision"] == "int8")):
+            file = f"{'our' if each['form'] == 'ours' else 'stock'} {'INT8' if each['precision'] == 'int8' else 'float'}"
+            counts = " | ".join(f"{each[name] / 1e6:.1f}" if each[name] else "0" for name in ("instructions", "sdot", "smmla", "fmla"))
+            share = each["instructions"] / ours[each["cpu"]]
+            lines.append(f"| {path.stem} | `{each['cpu'].split()[0]}` | {file} | {counts} | {share:.2f}x | {each['sqnr_db']:.0f} dB |")
+    return "\n".join([ARM_BEGIN, ARM_HEADER, *lines, ARM_END])
+
+
 def replaced(text: str, begin: str, section: str, end: str) -> str:
     """`text` with the section between two markers replaced."""
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
@@ -75,4 +96,5 @@ def replaced(text: str, begin: str, section: str, end: str) -> str:
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     text = replaced(readme.read_text(), BEGIN, table(), END)
-    readme.write_text(replaced(text, STOCK_BEGIN, stock_table(), STOCK_END))
+    text = replaced(text, STOCK_BEGIN, stock_table(), STOCK_END)
+    readme.write_text(replaced(text, ARM_BEGIN, arm_table(), ARM_END))

@@ -44,12 +44,12 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     """Exports with PyTorch's exporter; dynamic linears become what ONNX Runtime fuses into DynamicQuantizeMatMul."""
     import torch
 
-    from gcvit_edge.quantization.layers import dynamic_linear  # defines the operator that is translated
+    from gcvit_edge.quantization.layers import dynamic_conv, dynamic_linear  # defines the operators that are translated
 
     with torch.no_grad():
         program = torch.onnx.export(
             deployed, (example,), dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
-            custom_translation_table={dynamic_linear._opoverload: _dynamic_linear},
+            custom_translation_table={dynamic_linear._opoverload: _dynamic_linear, dynamic_conv._opoverload: _dynamic_conv},
         )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
@@ -64,6 +64,15 @@ def _dynamic_linear(x: Any, weight: Any, scale: Any, bias: Any) -> Any:
     product = op.Cast(op.MatMulInteger(integers, weight, zero_point), to=1)  # FLOAT
     y = op.Mul(product, op.Mul(step, scale))
     return y if bias is None else op.Add(y, bias)
+
+
+def _dynamic_conv(x: Any, weight: Any, scale: Any, stride: Any, padding: Any) -> Any:
+    import onnxscript
+
+    op: Any = onnxscript.opset23
+    integers, step, zero_point = op.DynamicQuantizeLinear(x)
+    product = op.Cast(op.ConvInteger(integers, weight, zero_point, strides=stride, pads=[*padding, *padding]), to=1)  # FLOAT
+    return op.Mul(product, op.Mul(step, op.Unsqueeze(scale, op.Constant(value_ints=[1, 2]))))
 
 
 def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:

@@ -8,28 +8,31 @@ if TYPE_CHECKING:
 
     from gcvit_edge.cli import Result
 
-HELP = """build the native C++ runner of .pte files, for this machine or for 64-bit ARM
+HELP = """build the native C++ runner of .pte files, for this machine, for 64-bit ARM or for Android
 
 It needs neither Python nor PyTorch on the device: copy the folder that this prints. Built once, then kept. For another
-architecture pip downloads ExecuTorch's wheel of it, once.
+architecture pip downloads ExecuTorch's wheel of it, once. For Android on 64-bit ARM set ANDROID_NDK, the folder of the NDK, and
+EXECUTORCH_ANDROID, the folder into which an ExecuTorch that you built for Android was installed.
 
   gcvit-edge build-runner
   gcvit-edge build-runner --arch aarch64
+  gcvit-edge build-runner --arch android
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", metavar="A", help="x86_64 or aarch64, as `uname -m` has it (default: this machine's)")
+    parser.add_argument("--arch", metavar="A", help="x86_64 or aarch64, as `uname -m` has it, or android (default: this machine's)")
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.cli import Result
+    from gcvit_edge.native.android import build_android_runner
     from gcvit_edge.native.build import build_runner, host
     from gcvit_edge.progress import Steps
 
     architecture = arguments.arch or host()
     with Steps(errors).step(f"runner for {architecture}"):
-        files = build_runner(architecture)
+        files = build_android_runner() if architecture == "android" else build_runner(architecture)
     size = sum(file.stat().st_size for file in (files.executable, *files.libraries))
     data = {
         "architecture": architecture,

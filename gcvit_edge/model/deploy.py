@@ -221,7 +221,7 @@ class Attention(_Written):
         # scores (B * heads, windows, N, N) of global blocks with several windows, which want a bias of (heads, 1, N, N)
         self.head_major = self.q is None and self.windows > 1 and form.attention == "bmm"
         if self.head_major:
-            self.position_bias.value = self.position_bias.value.transpose(0, 1).contiguous()
+            self.position_bias = Constant(self.position_bias()[0, :, None])
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:
         if self.head_major:

@@ -65,9 +65,13 @@ def missing_tools(architecture: str) -> str | None:
         UserError: unknown architecture.
     """
     toolchain = _toolchain(architecture)
-    needed = (("cmake", "cmake"), ("make", "make"), (toolchain.compiler, toolchain.packages))
-    packages = [package for command, package in needed if shutil.which(command) is None]
-    return f"building the runner needs: apt install {' '.join(packages)}" if packages else None
+    return missing_programs({"cmake": "cmake", "make": "make", toolchain.compiler: toolchain.packages})
+
+
+def missing_programs(packages: dict[str, str]) -> str | None:
+    """As `missing_tools`, for programs and Debian's packages that have them."""
+    lacking = [package for program, package in packages.items() if shutil.which(program) is None]
+    return f"building the runner needs: apt install {' '.join(lacking)}" if lacking else None
 
 
 def build_runner(architecture: str | None = None) -> RunnerFiles:
@@ -81,19 +85,27 @@ def build_runner(architecture: str | None = None) -> RunnerFiles:
     lacks = missing_tools(architecture)
     if lacks:
         raise UserError(lacks)
-    executorch = _executorch(toolchain.wheel)
-    sources = ("runner.cpp", "CMakeLists.txt", "aarch64.cmake")
+    executorch = executorch_package(architecture)
+    options = [f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
+    return compile_runner(architecture, options, [version("executorch"), str(executorch), _identity(toolchain.compiler)])
+
+
+def compile_runner(name: str, options: Sequence[str], decided_by: Sequence[str]) -> RunnerFiles:
+    """The runner as CMake builds it with these options, kept as `name`. decided_by: what decides it besides our sources.
+
+    Raises:
+        UserError: the build fails.
+    """
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as work:
-            options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
-            _run(["cmake", "-G", "Unix Makefiles", "-S", str(_SOURCES), "-B", work, *options], "configure the runner")
+            configure = ["cmake", "-G", "Unix Makefiles", "-S", str(_SOURCES), "-B", work, "-DCMAKE_BUILD_TYPE=Release", *options]
+            _run(configure, "configure the runner")
             _run(["cmake", "--build", work], "compile the runner")
             _run(["cmake", "--install", work, "--prefix", str(folder)], "install the runner")
 
-    decided_by = [*_texts(sources), version("executorch"), str(executorch), _identity(toolchain.compiler)]
-    built = _kept(f"runner-{architecture}", decided_by, build)
-    return RunnerFiles(built / RUNNER, tuple(sorted((built / "lib").iterdir())))
+    built = _kept(f"runner-{name}", [*_texts(("runner.cpp", "energy.h", "CMakeLists.txt", "aarch64.cmake")), *decided_by], build)
+    return RunnerFiles(built / RUNNER, tuple(sorted((built / "lib").glob("*.so"))))
 
 
 def build_counter() -> Path:
@@ -119,8 +131,13 @@ def _toolchain(architecture: str) -> Toolchain:
     return _NATIVE if architecture == host() else _CROSS
 
 
-def _executorch(wheel: str | None) -> Path:
-    """The package `executorch` as installed, or unpacked from the same version's wheel for pip's platform `wheel`."""
+def executorch_package(architecture: str) -> Path:
+    """The package `executorch` for an architecture: as installed, or unpacked from the same version's wheel of it.
+
+    Raises:
+        UserError: unknown architecture, or the wheel cannot be downloaded.
+    """
+    wheel = _toolchain(architecture).wheel
     if wheel is None:
         return Path(str(distribution("executorch").locate_file("executorch")))
     requirement = f"executorch=={version('executorch').partition('+')[0]}"

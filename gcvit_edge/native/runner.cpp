@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -27,6 +28,8 @@
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+
+#include "energy.h"
 
 // The wheel exports the thread pool but ships no header of it: this is the part of extension/threadpool/threadpool.h that is used.
 namespace executorch::extension::threadpool {
@@ -92,11 +95,16 @@ Arguments parse_arguments(int count, char** words) {
   return arguments;
 }
 
-void pin(const std::vector<int>& cpus) {
-  cpu_set_t set;
+// Pins to `cpus`, or not at all if there are none; returns the CPUs that are left then.
+cpu_set_t pin(const std::vector<int>& cpus) {
+  cpu_set_t all, set;
+  CPU_ZERO(&all);
   CPU_ZERO(&set);
+  sched_getaffinity(0, sizeof(all), &all);
   for (int cpu : cpus) CPU_SET(cpu, &set);
-  if (sched_setaffinity(0, sizeof(set), &set) != 0) fail("cannot pin to these CPUs; give some that this device has");
+  if (!cpus.empty() && sched_setaffinity(0, sizeof(set), &set) != 0) fail("cannot pin to these CPUs; give some that this device has");
+  for (int cpu : cpus) CPU_CLR(cpu, &all);
+  return all;
 }
 
 // Highest resident memory so far, in MB (10^6 bytes): VmHWM, because ru_maxrss is inherited from the process that started this one.
@@ -110,6 +118,13 @@ double peak_rss_mb() {
 
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+// The text without what JSON would take for more than text.
+std::string plain(std::string text) {
+  const auto special = [](unsigned char c) { return c < ' ' || c == '"' || c == '\\'; };
+  text.erase(std::remove_if(text.begin(), text.end(), special), text.end());
+  return text;
 }
 
 std::vector<float> read_floats(const std::string& path, size_t count) {
@@ -144,7 +159,8 @@ class Network {
 
 class Server {
  public:
-  Server(const Arguments& arguments, FILE* answers) : answers_(answers), etdump_(arguments.etdump) {
+  // spare: CPUs beside those that are timed
+  Server(const Arguments& arguments, FILE* answers, const cpu_set_t& spare) : answers_(answers), etdump_(arguments.etdump), meter_(spare) {
     executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(arguments.threads);
     auto tracer = etdump_.empty() ? nullptr : std::make_unique<ETDumpGen>();
     tracer_ = tracer.get();
@@ -198,15 +214,23 @@ class Server {
     auto image = read_floats(source, size_of(shape));
     if (tracer_ != nullptr) tracer_->reset();  // leaves out loading and earlier inferences
     std::vector<double> times;
+    meter_.begin();
     for (int i = 0; i < runs; ++i) {
       const auto start = Clock::now();
       network_->run(image.data(), shape);
       times.push_back(milliseconds_since(start));
     }
+    const auto joules = meter_.end();
     if (tracer_ != nullptr) write_profile();
     std::fprintf(answers_, "{\"ms\": [");
     for (size_t i = 0; i < times.size(); ++i) std::fprintf(answers_, "%s%.6f", i == 0 ? "" : ", ", times[i]);
-    std::fprintf(answers_, "], \"joules\": {}}\n");
+    std::fprintf(answers_, "], \"joules\": {");
+    const char* separator = "";
+    for (const auto& [rail, used] : joules) {
+      std::fprintf(answers_, "%s\"%s\": %.6f", separator, plain(rail).c_str(), used);
+      separator = ", ";
+    }
+    std::fprintf(answers_, "}}\n");
   }
 
   void write_profile() {
@@ -219,6 +243,7 @@ class Server {
 
   FILE* answers_;
   std::string etdump_;
+  energy::Meter meter_;
   ETDumpGen* tracer_;  // the network's; null without --etdump
   std::unique_ptr<Network> network_;
 };
@@ -229,8 +254,8 @@ int main(int count, char** words) try {
   const auto arguments = parse_arguments(count, words);
   FILE* answers = fdopen(dup(STDOUT_FILENO), "w");
   dup2(STDERR_FILENO, STDOUT_FILENO);
-  if (!arguments.cpus.empty()) pin(arguments.cpus);  // before the runtime starts threads
-  Server server(arguments, answers);
+  const cpu_set_t spare = pin(arguments.cpus);  // before the runtime starts threads
+  Server server(arguments, answers, spare);
   for (std::string line; std::getline(std::cin, line);) server.answer(split(line, '\t'));
   return 0;
 } catch (const std::exception& error) {

@@ -1,24 +1,17 @@
 """What is found out about a network from calibration images, once for all backends: weights to quantize, and ranges."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from gcvit_edge.model.deploy import deploy
-from gcvit_edge.quantization.ranges import Ranges, observe
+from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
-
-Images = Callable[[], Iterator[NDArray[np.float32]]]
-"""Gives the calibration images from the first on, each (B, C, H, W) float32, as often as it is called."""
-
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -33,4 +26,4 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
     network = deploy(model)
     if recipe.smoothing:
         smooth(network, images())
-    return Calibrated(network, observe(network, images()))
+    return Calibrated(network, observe(network, images, recipe.calibration.ranges))

@@ -1,45 +1,140 @@
-"""Ranges of activations: the inputs and outputs of every linear and convolution of a deploy form, and its points."""
+"""Ranges of activations: the inputs and outputs of every linear and convolution of a deploy form, and its points.
 
-from collections.abc import Iterable
+How the range of a place follows from what was seen there (`RangeMethod`):
+
+- minmax: the extremes. The default: GC ViT's rare outliers matter, and clipping them costs more than a finer scale gains.
+- average: the mean over images of each image's extremes (NNCF's default).
+- percentile: what 99.99 % of the values lie in.
+- mse: the range of least squared error of rounding.
+- entropy: the range whose rounded distribution has the least Kullback-Leibler divergence (TensorRT, "8-bit inference", 2017).
+
+The last three work on a histogram of 2,048 bins, which takes a second pass over the images.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Point
+from gcvit_edge.recipe import RangeMethod
 
 Ranges = dict[str, tuple[float, float]]
 """(lowest, highest) value by place: "LAYER.input", "LAYER.output", or the name of a point. The same for every `Form`."""
 
+Images = Callable[[], Iterator[NDArray[np.float32]]]
+"""Gives the calibration images from the first on, each (B, C, H, W) float32, as often as it is called."""
+
+Histogram = NDArray[np.float64]
+
+_BINS = 2048
+_PERCENTILE = 99.99
+_LEVELS = 256
+_CANDIDATES = np.linspace(0.3, 1.0, 36)  # parts of the full range that mse and entropy look at
+
 
 @torch.no_grad()
-def observe(deployed: nn.Module, images: Iterable[NDArray[np.float32]]) -> Ranges:
-    """Extremes over all images, each (B, C, H, W): clipping even rare outliers of GC ViT costs more than a finer scale gains
-    (OpenVINO: 27 dB with NNCF's default of averaged extremes, 34 dB with these)."""
-    ranges: Ranges = {}
+def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax") -> Ranges:
+    """The ranges of all places of a deploy form over the images."""
+    extremes: dict[str, list[tuple[float, float]]] = {}
 
-    def widen(place: str, x: Any) -> None:
+    def note(place: str, x: Tensor) -> None:
         low, high = (float(value) for value in x.aminmax())
-        before = ranges.get(place, (low, high))
-        ranges[place] = (min(low, before[0]), max(high, before[1]))
+        extremes.setdefault(place, []).append((low, high))
 
-    def watch(name: str, module: nn.Module) -> "list[torch.utils.hooks.RemovableHandle]":
+    with watched(deployed, note):
+        for image in images():
+            deployed(torch.from_numpy(image))
+    if method == "average":
+        return {place: (float(np.mean(ends, 0)[0]), float(np.mean(ends, 0)[1])) for place, ends in extremes.items()}
+    ranges = {place: (min(low for low, _ in ends), max(high for _, high in ends)) for place, ends in extremes.items()}
+    if method == "minmax":
+        return ranges
+    choose = {"percentile": _percentile, "mse": _least_error, "entropy": _least_divergence}[method]
+    return {place: choose(histogram, *ranges[place]) for place, histogram in _histograms(deployed, images, ranges).items()}
+
+
+@contextmanager
+def watched(deployed: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, `note(place, activations)` is called for every place whenever the network runs."""
+
+    def watch(name: str, module: nn.Module) -> list[Any]:
         if isinstance(module, Point):
-            return [module.register_forward_hook(lambda _, inputs, output: widen(name, output))]
+            return [module.register_forward_hook(lambda _, inputs, output: note(name, output))]
         if isinstance(module, nn.Linear | nn.Conv2d):
             return [
-                module.register_forward_pre_hook(lambda _, inputs: widen(f"{name}.input", inputs[0])),
-                module.register_forward_hook(lambda _, inputs, output: widen(f"{name}.output", output)),
+                module.register_forward_pre_hook(lambda _, inputs: note(f"{name}.input", inputs[0])),
+                module.register_forward_hook(lambda _, inputs, output: note(f"{name}.output", output)),
             ]
         return []
 
     handles = [handle for name, module in deployed.named_modules() for handle in watch(name, module)]
     try:
-        for image in images:
-            deployed(torch.from_numpy(image))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return ranges
+
+
+def _histograms(deployed: nn.Module, images: Images, ranges: Ranges) -> dict[str, Histogram]:
+    """Counts (2048,) of the values at every place, from its lowest to its highest."""
+    counts = {place: torch.zeros(_BINS, dtype=torch.float64) for place in ranges}
+
+    def count(place: str, x: Tensor) -> None:
+        low, high = ranges[place]
+        counts[place] += torch.histc(x.float(), _BINS, low, high if high > low else low + 1)
+
+    with watched(deployed, count):
+        for image in images():
+            deployed(torch.from_numpy(image))
+    return {place: each.numpy() for place, each in counts.items()}
+
+
+def _percentile(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+    cumulated = np.cumsum(histogram) / histogram.sum()
+    tail = (1 - _PERCENTILE / 100) / 2
+    first, last = np.searchsorted(cumulated, (tail, 1 - tail))
+    width = (high - low) / _BINS
+    return low + first * width, low + (last + 1) * width
+
+
+def _least_error(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+    values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
+
+    def error(ends: tuple[float, float]) -> float:
+        return float(histogram @ np.square(_rounded(values, *ends) - values))
+
+    return min(_narrowed(low, high), key=error)
+
+
+def _least_divergence(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+    values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
+
+    def divergence(ends: tuple[float, float]) -> float:
+        inside = np.clip(values, *ends)
+        clipped = np.bincount(np.searchsorted(values, inside).clip(0, _BINS - 1), histogram, _BINS)  # what is outside counts at the ends
+        levels = np.searchsorted(np.unique(_rounded(inside, *ends)), _rounded(inside, *ends))
+        kept = histogram * (values == inside)
+        level_counts, level_bins = np.bincount(levels, kept), np.bincount(levels, kept > 0)
+        spread = np.where(kept > 0, (level_counts / np.maximum(level_bins, 1))[levels], 0)
+        p, q = clipped / clipped.sum(), spread / max(spread.sum(), 1e-12)
+        live = p > 0
+        return float((p[live] * np.log(p[live] / np.maximum(q[live], 1e-9))).sum())
+
+    return min(_narrowed(low, high), key=divergence)
+
+
+def _narrowed(low: float, high: float) -> list[tuple[float, float]]:
+    """Candidates, the full range first: `min` keeps the first of equals."""
+    return [(low * part, high * part) for part in _CANDIDATES][::-1]
+
+
+def _rounded(values: Histogram, low: float, high: float) -> Histogram:
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / (_LEVELS - 1), 1e-12)
+    zero = np.round(-low / scale)
+    return (np.clip(np.round(values / scale) + zero, 0, _LEVELS - 1) - zero) * scale

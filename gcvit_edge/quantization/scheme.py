@@ -8,7 +8,15 @@ from torch import nn
 from gcvit_edge.model.deploy import Constant, Point, Residual
 from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, IntegerConstant
-from gcvit_edge.quantization.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer, WeightLinear
+from gcvit_edge.quantization.layers import (
+    DynamicConv,
+    DynamicImageConv,
+    DynamicLinear,
+    DynamicRowLinear,
+    RoundedPoint,
+    StaticLayer,
+    WeightLinear,
+)
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.recipe import Operator
 
@@ -33,6 +41,8 @@ def quantize(deployed: nn.Module, operators: frozenset[Operator], arithmetic: Ar
                 return _FLOAT_INPUT[scales](module)
             return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
         if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):
+            if arithmetic.conv != "static":
+                return DynamicImageConv(module) if arithmetic.conv == "dynamic_image" else DynamicConv(module)
             return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.conv_output else None)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
             return RoundedPoint(affine(name))

@@ -9,11 +9,13 @@ GC ViT allows it wherever something linear writes what an integer layer reads, a
 - a downsampler's feature map before its reduction: the affine of the norm, the depthwise weights, the pointwise outputs;
 - v before proj.
 
-The strength is searched at each place, off included, for the least error of what the layers behind it compute in INT8. Two more
+The strength is searched at each place, off included, for the least error of what the layers behind it compute in INT8. Three more
 need no search, since rows of weights have scales of their own, so that nothing else pays for them:
 
-- the outputs of proj, fc2 and reductions all get one range, with a factor by channel behind them (`Gain`);
-- the channels of q and k get the same range (local attention, whose products do not change).
+- the channels of k and v are centred: the softmax does not see what is added to all keys, and what is added to all values
+  comes out of attention as it went in, so that proj's bias takes it back;
+- the channels of q and k get the same range (local attention, whose products do not change);
+- the outputs of proj, fc2 and reductions all get one range, with a factor by channel behind them (`Gain`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +79,9 @@ def smooth(deployed: nn.Module, images: Iterable[NDArray[np.float32]], strengths
 
     images: each (B, C, H, W), of the calibration set; the first 32 are used. The logits stay what they are, up to rounding.
     """
+    images = [image for _, image in zip(range(_IMAGES), images, strict=False)]
     found = list(places(deployed))
+    _centre(deployed, images)
     seen = _observed(deployed, [(place.name, place.readers[0]) for place in found], images)
     chosen = {}
     for place in found:
@@ -101,6 +105,31 @@ def smooth(deployed: nn.Module, images: Iterable[NDArray[np.float32]], strengths
             _divide_rows(module.q, scale)
             _divide_rows(module.k, 1 / scale)
     return chosen
+
+
+def _centre(deployed: nn.Module, images: Sequence[NDArray[np.float32]]) -> None:
+    """Moves the range of every channel of k and v to the middle."""
+    layers = {name: each for name, each in deployed.named_modules() if name.endswith(("attention.k", "attention.v"))}
+    ends: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def widen(name: str, y: Tensor) -> None:
+        low, high = y.aminmax(dim=0)
+        before = ends.get(name, (low, high))
+        ends[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+
+    handles = [layer.register_forward_hook(lambda _, x, y, name=name: widen(name, y)) for name, layer in layers.items()]
+    try:
+        for image in images:
+            deployed(torch.from_numpy(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, module in deployed.named_modules():
+        if isinstance(module, Attention):
+            module.k.bias -= sum(ends[f"{name}.k"]) / 2
+            middle = sum(ends[f"{name}.v"]) / 2
+            module.v.bias -= middle
+            module.proj.bias += module.proj.weight @ middle
 
 
 def _scale(highest: Tensor, largest: Tensor, strength: float) -> Tensor:
@@ -128,7 +157,7 @@ class _Seen:
     outputs: dict[str, Tensor]
 
 
-def _observed(deployed: nn.Module, readers: Sequence[tuple[str, nn.Module]], images: Iterable[NDArray[np.float32]]) -> _Seen:
+def _observed(deployed: nn.Module, readers: Sequence[tuple[str, nn.Module]], images: Sequence[NDArray[np.float32]]) -> _Seen:
     """Of the inputs of `readers`, by the names given, and of the outputs of all layers, by their own."""
     rows: dict[str, list[Tensor]] = {name: [] for name, _ in readers}
     inputs: dict[str, Tensor] = {}
@@ -148,7 +177,7 @@ def _observed(deployed: nn.Module, readers: Sequence[tuple[str, nn.Module]], ima
     handles: list[Any] = [layer.register_forward_hook(lambda _, x, y, name=name: widen(highest, name, _rows(y))) for name, layer in layers]
     handles += [reader.register_forward_hook(lambda _, x, y, name=name: read(name, x[0])) for name, reader in readers]
     try:
-        for _, image in zip(range(_IMAGES), images, strict=False):
+        for image in images:
             deployed(torch.from_numpy(image))
     finally:
         for handle in handles:

@@ -91,7 +91,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """ms: of each inference. joules: used meanwhile by each power rail that the device lets one read; empty if it lets none."""
+    """ms: of each inference. joules: used meanwhile by each power rail that can be told for just that time; empty if none can."""
 
     ms: tuple[float, ...]
     joules: dict[str, float]

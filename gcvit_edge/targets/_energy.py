@@ -1,4 +1,6 @@
-"""Energy counters of x86 CPUs (RAPL), as Linux shows them below /sys/class/powercap.
+"""Energy counters of x86 CPUs (RAPL), as Linux shows them below /sys/class/powercap, for processes in Python.
+
+The native runner has its own, and those of phones and boards: native/energy.h.
 
 Source: Linux kernel documentation, Documentation/power/powercap/powercap.rst.
 """

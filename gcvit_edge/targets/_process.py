@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 
 _INPUT, _OUTPUT = "images.f32", "logits.f32"
 
+# of the targets that run the native runner
+ETDUMP_HELP = "folder for an ETDump of each .pte's last timed runs, which slows them; `gcvit-edge profile --etdump` reads it"
+
+
+def profile_file(folder: Path, artifact: "Artifact") -> Path:
+    """Where the ETDump of an artifact goes below `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve() / f"{artifact.path.stem}.etdump"
+
 
 class Folder(Protocol):
     """A folder on the device, for one session."""

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Session
 from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
-from gcvit_edge.targets._process import ProcessSession
+from gcvit_edge.targets._process import ETDUMP_HELP, ProcessSession, profile_file
 from gcvit_edge.targets._shell import Keeper, Shell
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.machine import Machine
 
+_PROFILE = "profile.etdump"
 _START = r"""
 mkdir {folder} || exit 1
 sh -c 'echo $$ > "$0" && exec "$@"' {folder}/pid {command}
@@ -36,6 +37,7 @@ class RemoteOptions:
         default=None, metadata={"help": "built for the device, libraries in `lib` beside it (default, except on Android: made here)"}
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
+    etdump: Path | None = field(default=None, metadata={"help": ETDUMP_HELP})
 
 
 def cases(artifacts: "Sequence[Artifact]", options: RemoteOptions) -> list[Case]:
@@ -57,7 +59,7 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
     keeper = Keeper(shell, parent)
     try:
         given = options.runner
-        yield Remote(shell, keeper, (lambda _: given) if given else build, keep_files=options.keep_files)
+        yield Remote(shell, keeper, (lambda _: given) if given else build, options)
     finally:
         keeper.close()
 
@@ -65,10 +67,10 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
 class Remote(Connection):
     """A device behind a shell."""
 
-    def __init__(self, shell: Shell, keeper: Keeper, build: Callable[[str], Path], *, keep_files: bool) -> None:
-        self.shell, self.keeper = shell, keeper
+    def __init__(self, shell: Shell, keeper: Keeper, build: Callable[[str], Path], options: RemoteOptions) -> None:
+        self.shell, self.keeper, self.etdump = shell, keeper, options.etdump
         self.folders: list[_SessionFolder] = []
-        self._by_hash = str(Path(keeper.folder).parent) if keep_files else keeper.folder
+        self._by_hash = str(Path(keeper.folder).parent) if options.keep_files else keeper.folder
         self._build = build
         self._runner: str | None = None
         self._sessions = 0
@@ -86,6 +88,8 @@ class Remote(Connection):
             command += ["--cpus", ",".join(map(str, cpus[:threads]))]
         self._sessions += 1
         folder = _SessionFolder(self, f"{self.keeper.folder}/{self._sessions}")
+        if pinned and self.etdump is not None:
+            command += ["--etdump", folder.path(_PROFILE)]
         script = _START.format(folder=quote(folder.root), command=" ".join(map(quote, command)))
         return RemoteSession(case.artifact, self.shell.command(script), folder)
 
@@ -193,6 +197,15 @@ class RemoteSession(ProcessSession):
     def __init__(self, artifact: "Artifact", command: Sequence[str], folder: _SessionFolder) -> None:
         self._device = folder.device
         super().__init__(artifact, command, folder)
+
+    def close(self) -> None:
+        try:
+            if self._device.etdump is not None and self._process.poll() is None:
+                profile = self._device.shell.run(f"cat {quote(self._folder.path(_PROFILE))} 2>/dev/null; :")
+                if profile:  # else nothing was timed
+                    profile_file(self._device.etdump / self._device.shell.name, self.artifact).write_bytes(profile)
+        finally:
+            super().close()
 
     def _ending(self, code: int) -> str:
         if not self._device.keeper.alive():

@@ -15,7 +15,7 @@ from gcvit_edge.targets._shell import Shell, program_missing
 
 __all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
-HELP = "an Android device, adb[:SERIAL], as `adb devices` lists it; runs executorch, by the runner given with --runner"
+HELP = "an Android device, adb[:SERIAL], as `adb devices` lists it; runs executorch, by the native runner, built by Android's NDK"
 ADDRESS = "optional"
 MEASURES_TIME = True
 
@@ -43,7 +43,14 @@ def connect(address: str, options: Options) -> Iterator[Connection]:
 
 
 def _build(architecture: str) -> Path:
-    raise UserError("give a runner that is built for Android with --runner; the one that is built here is for Linux")
+    from gcvit_edge.native import android
+
+    if architecture != android.ARCHITECTURE:
+        raise UserError(f"the runner for Android is built for {android.ARCHITECTURE}, not for {architecture}; give one with --runner")
+    try:
+        return android.build_android_runner().executable
+    except UserError as error:
+        raise UserError(f"{error}; or give a runner that is built for Android with --runner") from error
 
 
 def choose_device(serial: str) -> str:

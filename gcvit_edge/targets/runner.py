@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
 from gcvit_edge.targets import Case, Connection
-from gcvit_edge.targets._process import LocalFolder, ProcessSession
+from gcvit_edge.targets._process import ETDUMP_HELP, LocalFolder, ProcessSession, profile_file
 from gcvit_edge.targets.local import default_threads, spread_cpus
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MEASURES_TIME = True
 class Options:
     """etdump: see its help."""
 
-    etdump: Path | None = field(default=None, metadata={"help": "folder for an ETDump of each .pte's last timed runs, which slows them"})
+    etdump: Path | None = field(default=None, metadata={"help": ETDUMP_HELP})
 
 
 def missing() -> str | None:
@@ -57,8 +57,6 @@ class NativeRunner(Connection):
         cpus = spread_cpus() if pinned else []
         if threads < len(cpus):
             command += ["--cpus", ",".join(map(str, cpus[:threads]))]
-        folder = self._options.etdump
-        if folder is not None and pinned:
-            folder.mkdir(parents=True, exist_ok=True)
-            command += ["--etdump", str(folder.resolve() / f"{case.artifact.path.stem}.etdump")]
+        if self._options.etdump is not None and pinned:
+            command += ["--etdump", str(profile_file(self._options.etdump, case.artifact))]
         return ProcessSession(case.artifact, command, LocalFolder())

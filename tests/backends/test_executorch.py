@@ -28,7 +28,7 @@ def small_model() -> torch.nn.Module:
 def captured(model: torch.nn.Module, arithmetic: Arithmetic | None) -> torch.export.ExportedProgram:
     deployed = rewrite(deploy(model), backend.form(OPERATORS if arithmetic else frozenset()))
     if arithmetic:
-        deployed = quantize(deployed, OPERATORS, arithmetic, observe(deployed, IMAGES))
+        deployed = quantize(deployed, OPERATORS, arithmetic, observe(deployed, lambda: iter(IMAGES)))
     return backend.capture(deployed, torch.zeros(1, 3, *model.config.img_size))
 
 

@@ -27,7 +27,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def ranges(model: nn.Module) -> Ranges:
-    return observe(deploy(model), IMAGES)
+    return observe(deploy(model), lambda: iter(IMAGES))
 
 
 def logits(network: nn.Module) -> np.ndarray:
@@ -41,14 +41,14 @@ def kinds(network: nn.Module, kind: type) -> list[str]:
 
 @pytest.mark.parametrize("form", [Form(norm="products", attention="bmm", pointwise="conv"), Form(norm="products")])
 def test_ranges_are_the_same_in_every_form(model: nn.Module, ranges: Ranges, form: Form) -> None:
-    other = observe(rewrite(deploy(model), form), IMAGES)
+    other = observe(rewrite(deploy(model), form), lambda: iter(IMAGES))
     assert other.keys() == ranges.keys()
     for place, (low, high) in ranges.items():
         assert other[place] == pytest.approx((low, high), rel=1e-3, abs=1e-4), place
 
 
 def test_ranges_are_extremes_over_all_images(model: nn.Module, ranges: Ranges) -> None:
-    single = [observe(deploy(model), [image]) for image in IMAGES]
+    single = [observe(deploy(model), lambda image=image: iter([image])) for image in IMAGES]
     for place, (low, high) in ranges.items():
         assert low == min(each[place][0] for each in single)
         assert high == max(each[place][1] for each in single)
@@ -56,7 +56,7 @@ def test_ranges_are_extremes_over_all_images(model: nn.Module, ranges: Ranges) -
 
 def test_observing_leaves_no_hooks(model: nn.Module) -> None:
     deployed = deploy(model)
-    observe(deployed, IMAGES[:1])
+    observe(deployed, lambda: iter(IMAGES[:1]))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in deployed.modules())
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,33 +55,44 @@ def start_sshd(folder: Path) -> Iterator[Board]:
     for name in ("host", "key", "other"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "key.pub", folder / "authorized_keys")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    (folder / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\nPidFile none\n"
-        "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-        f"SetEnv HOME={folder}\n"  # away from the start-up files of the user's shell
-    )
+    server, port = _serve(folder)
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     (folder / "config").write_text(
         f"Host board\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n  IdentityFile {folder}/key\n"
         f"  IdentitiesOnly yes\n  IdentityAgent none\n  UserKnownHostsFile {folder}/known_hosts\n  GlobalKnownHostsFile none\n"
     )
-    with (folder / "sshd.log").open("wb") as log:
-        server = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
-        board = Board(folder, folder / "config", server.pid)
-        try:
-            wait_for(lambda: _listens(port), "sshd")
-            yield board
-        finally:
-            for pid in [*board.connections(), server.pid]:
-                os.kill(pid, 15)
-            server.wait()
+    board = Board(folder, folder / "config", server.pid)
+    try:
+        yield board
+        assert server.poll() is None, f"sshd ended with {server.returncode} before its time:\n{(folder / 'sshd.log').read_text()[-3000:]}"
+    finally:
+        connections = board.connections()
+        server.terminate()
+        server.wait()
+        for pid in connections:
+            with suppress(ProcessLookupError):  # it may end just now
+                os.kill(pid, signal.SIGTERM)
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+def _serve(folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
+    """An sshd that listens, and its port: a free one, which another program may take before sshd does; then again."""
+    assert SSHD
+    for _ in range(5):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        (folder / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\nPidFile none\n"
+            "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
+            f"SetEnv HOME={folder}\n"  # away from the start-up files of the user's shell
+        )
+        log = folder / "sshd.log"
+        with log.open("wb") as errors:
+            server = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=errors)
+        # its own word: a connection to the port would be answered by whoever has taken it, even by itself
+        wait_for(lambda log=log, server=server: "Server listening" in log.read_text() or server.poll() is not None, "sshd")
+        if server.poll() is None:
+            return server, port
+    raise AssertionError(f"sshd does not start:\n{log.read_text()}")
 
 
 def wait_for(condition, what: str, seconds: float = 15) -> None:
@@ -129,11 +140,12 @@ def start_adbd(folder: Path) -> Iterator[Phone]:
     libraries = next((ADBD / "usr/lib").glob("*-linux-gnu"))
     loader = f"{next(libraries.glob('ld-linux*'))} --library-path {libraries}/android:{libraries}"
     socket_file = folder / "adb"
-    environment = os.environ | {"ADB_SERVER_SOCKET": f"localfilesystem:{socket_file}", "ADB_LOCAL_TRANSPORT_MAX_PORT": "0"}  # no emulators
+    # adb takes what it finds on the ports from 5555 to 5585 when it starts for emulators, and would know adbd under a third name
+    environment = os.environ | {"ADB_SERVER_SOCKET": f"localfilesystem:{socket_file}", "ADBD_PORT": "5600"}
     unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
     program = ADBD / "usr/lib/android-sdk/platform-tools/adbd"
     script = f"ip link set lo up; {loader} {program} & echo $!; exec 1>&2; adb nodaemon server & wait"
-    serials = "127.0.0.1:5555", "localhost:5555"
+    serials = "127.0.0.1:5600", "localhost:5600"
 
     def adb(*words: str) -> str:
         return subprocess.run(["adb", *words], env=environment, capture_output=True, text=True).stdout

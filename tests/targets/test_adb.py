@@ -53,10 +53,10 @@ def test_contract(pte_bundle: Bundle, phone: Phone, options: Options, tmp_path: 
 
 
 def test_which_device(phone: Phone, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"adb knows 2 devices; write one of adb:127\.0\.0\.1:5555, adb:localhost:5555"
+    message = r"adb knows 2 devices; write one of adb:127\.0\.0\.1:5600, adb:localhost:5600"
     with pytest.raises(UserError, match=message), connect("", options):
         pass
-    with pytest.raises(UserError, match="unknown Android device 'localhost'; did you mean 'localhost:5555'"), connect("localhost", options):
+    with pytest.raises(UserError, match="unknown Android device 'localhost'; did you mean 'localhost:5600'"), connect("localhost", options):
         pass
     monkeypatch.setenv("ANDROID_SERIAL", phone.serials[1])
     with connect("", options) as device:
@@ -104,7 +104,7 @@ def test_needs_a_runner_for_android(pte_bundle: Bundle, phone: Phone, options: O
 
 def test_a_folder_that_cannot_be_made(phone: Phone, options: Options) -> None:
     nowhere = replace(options, remote_dir="/proc/nowhere")
-    message = r"cannot use 127\.0\.0\.1:5555: .*/proc/nowhere.*; choose a folder"
+    message = r"cannot use 127\.0\.0\.1:5600: .*/proc/nowhere.*; choose a folder"
     with pytest.raises(UserError, match=message), connect(phone.serials[0], nowhere):
         pass
 
@@ -119,7 +119,7 @@ def test_a_device_that_goes_while_it_runs(
             (runner,) = pids_below(Path(str(options.remote_dir)))
             session.time(image, 1)
             threading.Timer(0.5, os.kill, [phone.pid, signal.SIGKILL]).start()
-            with pytest.raises(CheckFailed, match=r"does not run in executorch \(the connection to 127\.0\.0\.1:5555 was lost\)"):
+            with pytest.raises(CheckFailed, match=r"does not run in executorch \(the connection to 127\.0\.0\.1:5600 was lost\)"):
                 session.time(image, 1_000_000)
         wait_for(lambda: left(options) == [], "nothing is left")
         wait_for(lambda: not Path(f"/proc/{runner}").exists(), "the runner has ended")
@@ -130,7 +130,7 @@ def test_a_device_that_goes_between_commands(options: Options, tmp_path: Path, m
         monkeypatch.setenv("ADB_SERVER_SOCKET", phone.server)
         with connect(phone.serials[0], options) as device:
             os.kill(phone.pid, signal.SIGKILL)
-            with pytest.raises(CheckFailed, match=r"the connection to 127\.0\.0\.1:5555 was lost"):
+            with pytest.raises(CheckFailed, match=r"the connection to 127\.0\.0\.1:5600 was lost"):
                 device.machine()
         wait_for(lambda: left(options) == [], "nothing is left")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from boards import Board, left, need, pids_below, start_sshd, wait_for
 from target_contract import check_target
 
+from gcvit_edge.backends.executorch import read_etdump
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
@@ -223,11 +224,26 @@ def test_command_line(pte_bundle: Bundle, options: Options, capfd: pytest.Captur
     assert left(options) == []
 
 
+def test_profiles_are_fetched(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    dumping = replace(options, etdump=tmp_path / "profiles")
+    image = pte_bundle.golden_input()[:1]
+    with loaded(pte_bundle, dumping) as session:
+        session.infer(image, lambda: None)
+    assert not (tmp_path / "profiles").exists()  # nothing was timed
+    with loaded(pte_bundle, dumping) as session:
+        session.time(image, 2)
+    operators, calls = read_etdump(tmp_path / "profiles" / "board" / "model.float.etdump")
+    assert calls == 1
+    assert any(each.kind == "matrix" and each.ms > 0 for each in operators)
+    assert left(options) == []
+
+
 def cut(board: Board) -> None:
     """Ends the connections to the board from there, as if the network were gone."""
     for pid in board.connections():
         subprocess.run(["pkill", "-KILL", "-P", str(pid), "sshd"], check=False)  # the user's part, where sshd has one
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # which may have ended it already
+            os.kill(pid, signal.SIGKILL)
 
 
 def running(options: Options) -> list[int]:

@@ -1,0 +1,88 @@
+"""What one inference costs on 64-bit ARM, in instructions: stock and ours, float and INT8, in ExecuTorch.
+
+    pip install timm==1.0.31
+    python benchmarks/arm_counts.py [--model gcvit_xxtiny] [--folder DIR] [--json FILE]
+
+The files are those of `vs_stock.py`, counted as `--target arm64 --count` does: by a plugin of QEMU, one thread, the difference of two
+inferences and one. The answer of each file there must be the one that it gives on this machine.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from vs_stock import build, calibration_inputs, network
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.native.build import executorch_package
+from gcvit_edge.parity import check_parity
+from gcvit_edge.plan import SAMPLE_MODEL
+from gcvit_edge.progress import Steps
+from gcvit_edge.targets import Case
+from gcvit_edge.targets.arm64 import Options, connect
+from gcvit_edge.targets.local import Session
+
+CPUS = ("cortex-a76", "max")  # dot products; matrix products
+
+
+def preload_kernels() -> None:
+    """Lets QEMU load ExecuTorch's kernels beside the runner, which has none: what the stock way leaves outside of XNNPACK needs them."""
+    libraries = executorch_package("aarch64") / "lib"
+    kernels = (libraries / f"libexecutorch_kernels_{kind}.so" for kind in ("optimized", "quantized"))
+    os.environ["QEMU_SET_ENV"] = "LD_PRELOAD=" + ":".join(map(str, kernels))
+
+
+def count(form: str, artifact: Artifact, cpu: str, image: np.ndarray, here: np.ndarray) -> dict[str, Any]:
+    """One line of the result. image: the network input (1, C, H, W). here: its logits (1, classes) on this machine.
+
+    Raises:
+        CheckFailed: the file does not run, or gives another answer there.
+    """
+    with connect("", Options(cpu=cpu, count=True)) as arm, arm.open(Case(artifact, "cpu"), 1, pinned=False) as session:
+        parity = check_parity(session.infer(image, lambda: None), here, artifact.precision)
+        if not parity.passed:
+            raise CheckFailed(f"{form} {artifact.name} on {cpu}: the answer is that of this machine only {parity.describe()}")
+        counts = {name: int(number) for name, number in session.counts(image).items()}
+        return {"cpu": arm.machine().cpu, "form": form, "precision": artifact.precision, **counts, "sqnr_db": round(parity.sqnr_db, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SAMPLE_MODEL)
+    parser.add_argument("--folder", type=Path, help="keep the artifacts there, and use what is there already")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    preload_kernels()
+    steps, entries = Steps(Console(stderr=True)), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        built = build(arguments.model, None, folder, steps, ["executorch"])
+        image = calibration_inputs(network(arguments.model, None)[1], folder)[0]
+        with steps.step("count", len(CPUS) * len(built)) as advance:
+            for form, artifact in built:
+                with Session(artifact, 1) as session:
+                    here = session.infer(image, lambda: None)
+                for cpu in CPUS:
+                    entries.append(count(form, artifact, cpu, image, here))
+                    advance()
+    table = Table("CPU", "form", "precision", title=f"{arguments.model}: millions of instructions of one inference")
+    for heading in ("all", "SDOT", "SMMLA", "FMLA", "SQNR"):
+        table.add_column(heading, justify="right")
+    for each in entries:
+        numbers = [f"{each[name] / 1e6:.1f}" for name in ("instructions", "sdot", "smmla", "fmla")]
+        table.add_row(each["cpu"], each["form"], each["precision"], *numbers, f"{each['sqnr_db']:.1f} dB")
+    Console(width=120).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
