@@ -8,6 +8,7 @@ from pydantic import Field
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
+from gcvit_edge.training.settings import QatSettings
 
 Operator = Literal["linear", "conv", "attention", "residual"]
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
@@ -38,6 +39,7 @@ class Recipe(Section):
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
+    qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
 
 
