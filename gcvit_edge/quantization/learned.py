@@ -62,7 +62,8 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Within the range dy/dx = 1 and dy/dscale = rounding error (LSQ, equation 3); outside, y is an end of the range.
+        """Within the range dy/dx = 1 and dy/dscale = rounding error (LSQ, equation 3); outside, y is an end of the range
+        (but for the rounding of the zero point).
 
         In place where it can be: new memory costs a CPU more than what is computed in it.
         """

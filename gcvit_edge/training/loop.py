@@ -204,7 +204,7 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
         bar()
         if step % _REPORT_STEPS == 0:
             loss, right = _means(run.totals)
-            bar.note(f"loss {loss:.3f}, accuracy {right:.1%}")
+            bar.note(f"loss {loss:.4g}, accuracy {right:.1%}")
         if perf_counter() - run.saved > SAVE_SECONDS and step + 1 < steps.stop:
             run.save()
 
@@ -269,7 +269,7 @@ def _check_finite(totals: Tensor) -> None:
 
 
 def _summary(epoch: Epoch) -> str:
-    text = f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.1%}"
+    text = f"loss {epoch.loss:.4g}, accuracy {epoch.accuracy:.1%}"
     return text if epoch.evaluation is None else f"{text}, evaluation {epoch.evaluation:.2%}"
 
 
