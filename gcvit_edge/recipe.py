@@ -10,6 +10,9 @@ from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
 
 Operator = Literal["linear", "conv", "attention", "residual"]
+Precision = Literal["int8", "w4a8", "int4", "fp16"]
+"""int8: weights and activations; w4a8: weights of linears in 4 bits, groups of 32; int4: the same with activations in float;
+fp16: weights in half precision, computed in float. Files have it in their names."""
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
 
 
@@ -33,10 +36,12 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
+    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
+    bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     limits: Limits = Limits()  # type: ignore[call-arg]
 

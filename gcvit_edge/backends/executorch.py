@@ -18,6 +18,7 @@ from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
+from gcvit_edge.recipe import Precision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # XNNPACK has integer kernels for these; ExecuTorch gives it products of two activations, softmax and GELU in float only
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "residual"})
-ARITHMETIC = Arithmetic(activations="int8", delicate="dynamic_row", linear_output=True, conv_output=True)
+PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8"})
 ARTIFACT = "model.{precision}.pte"
 RUNTIME = "executorch.runtime"
 PACKAGES = ("executorch", "torch", "torchao")
@@ -37,6 +38,14 @@ PACKAGES = ("executorch", "torch", "torchao")
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; and changing layouts costs it two copies."""
     return Form(norm="products", attention="bmm", pointwise="conv")
+
+
+def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+    """Scales found when it runs, and float outputs, are as fast as static ones but in MLPs, where GELU becomes a table of integers."""
+    return Arithmetic(
+        activations="int8", linear="dynamic_row", mlp="static", conv="dynamic_image", delicate="dynamic_row", grouped="dynamic_row",
+        linear_output=True,
+    )  # fmt: skip
 
 
 def capture(deployed: "nn.Module", example: "Tensor") -> "ExportedProgram":
