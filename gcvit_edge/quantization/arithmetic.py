@@ -20,7 +20,8 @@ class Arithmetic:
     activations: integer type of static activations. linear, mlp, conv: scales of the input of a linear, of one of an MLP, of a
     convolution. delicate: the same for the few linears whose rounding costs much accuracy and whose work is nothing: the head, and the
     gates of Fused-MBConvs. grouped: the same for linears whose weights are INT4 in groups, where activations are integers at all.
-    linear_output, conv_output: whether kernels with static scales answer in integers too.
+    linear_output, conv_output: whether kernels with static scales answer in integers too. symmetric_right: whether the right factor of
+    a product of two activations needs a zero point of 0.
     """
 
     activations: Signedness
@@ -31,3 +32,4 @@ class Arithmetic:
     grouped: GroupedScales = "weights"
     linear_output: bool = False
     conv_output: bool = False
+    symmetric_right: bool = False

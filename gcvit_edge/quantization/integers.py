@@ -33,6 +33,12 @@ class Affine:
         scale = max((high - low) / (largest - smallest), 1e-12)
         return Affine(scale, min(max(round(smallest - low / scale), smallest), largest), dtype)
 
+    @staticmethod
+    def symmetric(low: float, high: float, dtype: Signedness) -> "Affine":
+        """The finest scale that covers [low, high] with a zero point in the middle of the integers."""
+        scale = max(-low, high, 1e-12) / 127
+        return Affine(scale, 0 if dtype == "int8" else 128, dtype)
+
     def round_trip(self, x: Tensor) -> Tensor:
         """x rounded to the integers and back: what an integer kernel sees of it."""
         arguments = (self.scale, self.zero_point, *_LIMITS[self.dtype])

@@ -23,6 +23,8 @@ from gcvit_edge.recipe import Operator, Precision
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
 _MLP = ("fc1", "fc2")
+_RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attention.value")  # right factors of products
+_ANSWERS = ("scores", "attended")  # of products of attention: float where kernels answer in float
 
 
 def in_four_bits(name: str, channels: int, precision: Precision) -> bool:
@@ -39,7 +41,8 @@ def quantize(
     quantized = copy.deepcopy(deployed)
 
     def affine(place: str) -> Affine:
-        return Affine.of_range(*ranges[place], arithmetic.activations)
+        symmetric = arithmetic.symmetric_right and "attention" in operators and place.endswith(_RIGHT)
+        return (Affine.symmetric if symmetric else Affine.of_range)(*ranges[place], arithmetic.activations)
 
     def linear(name: str, layer: nn.Linear) -> nn.Module:
         delicate = name.endswith(_DELICATE)
@@ -74,7 +77,8 @@ def quantize(
         if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):
             return conv(name, module)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
-            return RoundedPoint(affine(name))
+            answered = name.endswith(_ANSWERS) and not arithmetic.linear_output
+            return module if answered else RoundedPoint(affine(name))
         return module
 
     for name, module in list(quantized.named_modules()):
