@@ -5,14 +5,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
 
 Operator = Literal["linear", "conv", "attention", "residual"]
-Precision = Literal["int8", "w4a8", "int4", "fp16"]
-"""int8: weights and activations; w4a8: weights of linears in 4 bits, groups of 32; int4: the same with activations in float;
-fp16: weights in half precision, computed in float. Files have it in their names."""
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
 
 

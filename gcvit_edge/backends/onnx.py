@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
-from gcvit_edge.recipe import Precision
 
 if TYPE_CHECKING:
     from onnx import ModelProto

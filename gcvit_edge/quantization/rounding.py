@@ -10,13 +10,13 @@ same integers.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gcvit_edge.quantization.integers import GroupedWeight
 from gcvit_edge.quantization.ranges import Images
+from gcvit_edge.quantization.watch import watching
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, for channels that are always near 0
 
@@ -27,10 +27,12 @@ def reconstruct(deployed: nn.Module, images: Images, chosen: Callable[[str], boo
     linears = {name: module for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and chosen(name)}
     products = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
 
-    def add(name: str, x: Tensor) -> None:
+    def add(name: str, x: Tensor, y: Tensor) -> None:
         products[name].addmm_(x.T, x)
 
-    _run(deployed, images, linears, add)
+    with watching(linears, add):
+        for image in images():
+            deployed(torch.from_numpy(image))
     for name, layer in linears.items():
         layer.weight.copy_(_rounded(layer.weight, products[name]))
 
@@ -42,13 +44,15 @@ def correct_biases(deployed: nn.Module, images: Images, rounded: Callable[[str, 
     sums = {name: torch.zeros(layer.in_features) for name, layer in linears.items()}
     rows = dict.fromkeys(linears, 0)
 
-    def add(name: str, x: Tensor) -> None:
+    def add(name: str, x: Tensor, y: Tensor) -> None:
         sums[name] += x.sum(0)
         rows[name] += len(x)
 
-    _run(deployed, images, linears, add)
+    with watching(linears, add):
+        for image in images():
+            deployed(torch.from_numpy(image))
     for name, layer in linears.items():
-        layer.bias += (layer.weight - rounded(name, layer.weight)) @ (sums[name] / rows[name])
+        layer.bias.add_((layer.weight - rounded(name, layer.weight)) @ (sums[name] / rows[name]))
 
 
 def _rounded(weight: Tensor, product: Tensor) -> Tensor:
@@ -69,14 +73,3 @@ def _rounded(weight: Tensor, product: Tensor) -> Tensor:
             left[:, index:][:, : start + size - index] -= errors[:, index - start, None] * inverse[index, index : start + size]
         left[:, start + size :] -= errors @ inverse[block, start + size :]
     return result
-
-
-def _run(deployed: nn.Module, images: Images, layers: dict[str, nn.Linear], add: Callable[[str, Tensor], None]) -> None:
-    """Runs all images and calls `add(name, inputs)` for every one of `layers`."""
-    handles: list[Any] = [layer.register_forward_pre_hook(lambda _, x, name=name: add(name, x[0])) for name, layer in layers.items()]
-    try:
-        for image in images():
-            deployed(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()

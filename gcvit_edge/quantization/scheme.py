@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.model.deploy import Constant, Point, Residual
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
@@ -18,7 +19,7 @@ from gcvit_edge.quantization.layers import (
     WeightLayer,
 )
 from gcvit_edge.quantization.ranges import Ranges
-from gcvit_edge.recipe import Operator, Precision
+from gcvit_edge.recipe import Operator
 
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
