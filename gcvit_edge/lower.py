@@ -30,7 +30,8 @@ def lower_quantized(name: str, calibrated: "Calibrated", info: ModelInfo, recipe
 
     backend = load_backend(name)
     operators = integer_operators(recipe, backend)
-    quantized = quantize(rewrite(calibrated.network, backend.form(operators)), operators, backend.ARITHMETIC, calibrated.ranges)
+    deployed = rewrite(calibrated.network, backend.form(operators))
+    quantized = quantize(deployed, operators, backend.arithmetic(operators), calibrated.ranges, recipe.precision)
     return _save(name, quantized, recipe.precision, info, folder)
 
 

@@ -74,7 +74,10 @@ def plan(
     parsed = parse_recipe(text, recipe)
     names = tuple(dict.fromkeys(backends or parsed.backends))
     for name in names:
-        load_backend(name)
+        able = load_backend(name).PRECISIONS
+        if parsed.precision not in able:
+            raise UserError(f"recipe {parsed.name} wants {parsed.precision}, which backend {name} cannot make (it makes "
+                            f"{', '.join(sorted(able))}); give --backends without it")
     threads = resolve_threads(threads)
     sample = weights is None and (model is None or isinstance(model, str))
     calib, eval = _image_folders(sample, calib, eval)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
@@ -34,10 +35,12 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
+    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
+    bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
