@@ -17,7 +17,7 @@ from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
-from gcvit_edge.lower import integer_operators, lower_float, lower_quantized
+from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
@@ -128,7 +128,8 @@ def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str,
         return calibrated, {"skipped_images": images.skipped}
     from gcvit_edge.training.qat import fine_tune
 
-    calibrated, training = fine_tune(job.model, calibrated, job.recipe.operators, job.tuning, steps)
+    runtimes = [rounding(job.recipe, load_backend(name)) for name in job.backends]
+    calibrated, training = fine_tune(job.model, calibrated, runtimes, job.tuning, steps)
     return calibrated, {"training": training, "skipped_images": [*images.skipped, *training.pop("skipped_images")]}
 
 

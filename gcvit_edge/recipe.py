@@ -1,9 +1,9 @@
 """Recipes: what to quantize, how to calibrate, and the accuracy that the result must keep. One YAML file each."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import unknown_name
@@ -44,6 +44,12 @@ class Recipe(Section):
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.qat is not None and self.precision != "int8":
+            raise ValueError(f"`qat` trains INT8, and the precision is {self.precision}; leave out the one or change the other")
+        return self
 
 
 def recipe_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Fake quantization that learns: the layers of a deploy form in the strictest arithmetic, with weights and ranges to train.
+"""Fake quantization that learns: the layers of a deploy form rounded as runtimes round them, with weights and ranges to train.
 
 Activations: learned step size quantization (LSQ, arXiv:1902.08153; LSQ+ with an offset, arXiv:2004.09576), as gradients of both ends
 of the range (arXiv:2106.08295, section 4.1), which are learned as logarithms, so that one learning rate fits ranges of any size
@@ -7,23 +7,25 @@ gradients passed straight through; so what is exported are the very integers tha
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcvit_edge.model.deploy import Point
+from gcvit_edge.model.deploy import Constant, Point
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.integers import IntegerWeight
-from gcvit_edge.quantization.layers import RoundedPoint, StaticLayer, WeightLinear
+from gcvit_edge.quantization.layers import RoundedPoint, StaticLayer
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.quantization.scheme import quantize
 from gcvit_edge.recipe import Operator
 
-# XNNPACK's, whose kernels answer in integers; runtimes that round less get the same weights and ranges
-STRICTEST = Arithmetic(activations="int8", linear="static", delicate="weights", linear_output=True, conv_output=True)
+Rounding = tuple[frozenset[Operator], Arithmetic]
+"""What a runtime rounds, and how."""
+
 _LOWEST, _HIGHEST = -128, 127
 _STEPS = _HIGHEST - _LOWEST
 
@@ -124,41 +126,35 @@ class LearnedPoint(Point):
         return self.range(input)
 
 
-def learnable(calibrated: Calibrated, operators: frozenset[Operator]) -> nn.Module:
-    """A copy of the network in the strictest arithmetic, whose weights and ranges can be trained.
+def learnable(calibrated: Calibrated, runtimes: Sequence[Rounding]) -> nn.Module:
+    """A copy of the network whose weights and ranges can be trained. What any runtime rounds with a fixed scale is rounded, so that one
+    set of weights and ranges serves all; scales that a runtime finds when it runs need no training.
 
     Places that saw the same extremes hold the same values, such as the inputs of q, k and v: they share a range, or runtimes would
     round what they share more than once.
     """
-    student = quantize(calibrated.network, operators, STRICTEST, calibrated.ranges)
-    layers = copy.deepcopy(calibrated.network)
+    student = copy.deepcopy(calibrated.network)
+    versions = [quantize(student, operators, arithmetic, calibrated.ranges) for operators, arithmetic in runtimes]
     shared: dict[tuple[float, float], Range] = {}
 
     def of(place: str) -> Range:
         ends = calibrated.ranges[place]
         return shared.setdefault(ends, Range(*ends))
 
-    def in_place_of(name: str, module: nn.Module) -> nn.Module | None:
-        match module:
-            case StaticLayer():
-                return LearnedLayer(_layer(layers, name), of(f"{name}.input"), None if module.output is None else of(f"{name}.output"))
-            case WeightLinear():
-                return LearnedLayer(_layer(layers, name), None, None)
-            case RoundedPoint():
-                return LearnedPoint(of(name))
-        return None
+    def learns(name: str, module: nn.Module, rounded: Sequence[nn.Module]) -> nn.Module:
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(type(each) is not type(module) for each in rounded):
+            static = [each for each in rounded if isinstance(each, StaticLayer)]
+            answers = any(each.output is not None for each in static)
+            return LearnedLayer(module, of(f"{name}.input") if static else None, of(f"{name}.output") if answers else None)
+        if isinstance(module, Point) and any(isinstance(each, RoundedPoint) for each in rounded):
+            return LearnedPoint(of(name))
+        return rounded[0] if isinstance(module, Constant) else module
 
     for name, module in list(student.named_modules()):
-        if (learns := in_place_of(name, module)) is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(student.get_submodule(parent), child, learns)
+        parent, _, child = name.rpartition(".")
+        if child and not any(module.children()):
+            setattr(student.get_submodule(parent), child, learns(name, module, [version.get_submodule(name) for version in versions]))
     return student
-
-
-def _layer(network: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
-    layer = network.get_submodule(name)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return layer
 
 
 @torch.no_grad()

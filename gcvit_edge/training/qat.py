@@ -12,8 +12,7 @@ from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import Calibrated
-from gcvit_edge.quantization.learned import Range, learnable, learned
-from gcvit_edge.recipe import Operator
+from gcvit_edge.quantization.learned import Range, Rounding, learnable, learned
 from gcvit_edge.training.images import LabelledImages
 from gcvit_edge.training.job import device_name, readable
 from gcvit_edge.training.loop import fit, make_accelerator
@@ -68,9 +67,9 @@ def plan_fine_tuning(
 
 
 def fine_tune(
-    model: GCViT, calibrated: Calibrated, operators: Sequence[Operator], job: FineTuning, steps: Steps
+    model: GCViT, calibrated: Calibrated, runtimes: Sequence[Rounding], job: FineTuning, steps: Steps
 ) -> tuple[Calibrated, dict[str, Any]]:
-    """What `calibrated` has learned on the training images, for every backend, and a report; the same in every process.
+    """What `calibrated` has learned on the training images, for all of these runtimes, and a report; the same in every process.
 
     The teacher is `model`, in float. The result is the average of weights and ranges at the end (EMA). The run stays saved: what is
     made of it may fail.
@@ -83,7 +82,7 @@ def fine_tune(
     if accelerator.is_main_process and not job.resume:
         job.state.unlink(missing_ok=True)
     data, skipped = readable(job.data, "check training images", accelerator, steps)
-    student = learnable(calibrated, frozenset(operators))
+    student = learnable(calibrated, runtimes)
     teacher = None if settings.distillation is None else deploy(model)
     trained, history = fit(
         student, data, settings, accelerator, state=job.state, resume=job.resume, teacher=teacher,

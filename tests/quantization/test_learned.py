@@ -9,21 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gcvit_edge.backends import load_backend
+from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.evaluate import sqnr_db
-from gcvit_edge.lower import lower_quantized
+from gcvit_edge.lower import lower_quantized, rounding
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
-from gcvit_edge.quantization.arithmetic import Signedness
+from gcvit_edge.quantization.arithmetic import Arithmetic, Signedness
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
-from gcvit_edge.quantization.integers import Affine, IntegerWeight
-from gcvit_edge.quantization.learned import STRICTEST, LearnedLayer, LearnedPoint, Range, learnable, learned
+from gcvit_edge.quantization.integers import Affine, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.learned import LearnedLayer, LearnedPoint, Range, learnable, learned
 from gcvit_edge.quantization.scheme import quantize
 from gcvit_edge.recipe import Operator, parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_qat"), "int8_qat")
 OPERATORS: frozenset[Operator] = frozenset({"linear", "conv"})
+RUNTIMES = [rounding(RECIPE, load_backend(name)) for name in backend_names()]
+STRICTEST = [(OPERATORS, Arithmetic(activations="int8", linear_output=True, conv_output=True))]
 IMAGES = np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)
 
 
@@ -41,7 +43,7 @@ def calibrated(model: GCViT) -> Calibrated:
 @pytest.fixture(scope="module")
 def student(calibrated: Calibrated) -> nn.Module:
     """As if trained: other weights, and ranges of half to three quarters of their size, so that much is clipped."""
-    network = learnable(calibrated, OPERATORS)
+    network = learnable(calibrated, RUNTIMES)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in network.modules():
@@ -132,29 +134,33 @@ def test_weights_get_the_gradient_of_the_rounded_ones() -> None:
 
 def test_training_starts_at_what_calibration_gave(calibrated: Calibrated) -> None:
     before = {name: value.clone() for name, value in calibrated.network.state_dict().items()}
-    fresh = learnable(calibrated, OPERATORS)
-    np.testing.assert_array_equal(logits(fresh), logits(quantize(calibrated.network, OPERATORS, STRICTEST, calibrated.ranges)))
+    fresh = learnable(calibrated, STRICTEST)
+    np.testing.assert_array_equal(logits(fresh), logits(quantize(calibrated.network, *STRICTEST[0], calibrated.ranges)))
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.add_(1)
     assert all(torch.equal(value, before[name]) for name, value in calibrated.network.state_dict().items())
 
 
-def test_every_integer_layer_learns_and_no_other(calibrated: Calibrated) -> None:
-    fresh = learnable(calibrated, OPERATORS)
-    linears = [name for name, module in calibrated.network.named_modules() if isinstance(module, nn.Linear)]
-    delicate = [name for name in linears if name.endswith(("head", "squeeze", "excite"))]
-    places = static_places(fresh)
-    assert set(linears) - set(delicate) < set(places)
-    assert len(places) == len(linears) - len(delicate) + 4  # and the dense convolutions
-    assert all(layer.output is not None for layer in places.values())
-    layers = {name for name, module in fresh.named_modules() if isinstance(module, LearnedLayer)}
-    assert layers == {*places, *delicate}
-    assert not any(isinstance(module, LearnedPoint) for module in fresh.modules())
+def test_what_any_runtime_rounds_is_learned_and_nothing_else(calibrated: Calibrated, student: nn.Module) -> None:
+    linears = {name for name, module in calibrated.network.named_modules() if isinstance(module, nn.Linear)}
+    delicate = {name for name in linears if name.endswith(("head", "squeeze", "excite"))}
+    dense = {name for name, module in calibrated.network.named_modules() if isinstance(module, nn.Conv2d)
+             and module.groups == 1 and module.in_channels > 4}  # fmt: skip
+    assert len(dense) == 4
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, LearnedLayer)}
+    assert set(layers) == linears | dense
+    assert set(static_places(student)) == (linears - delicate) | dense
+    answers = {name for name, layer in layers.items() if layer.output is not None}
+    assert answers == {name for name in linears if name.endswith(("fc1", "fc2"))} | dense  # XNNPACK's MLPs, ONNX Runtime's convolutions
+    assert not any(isinstance(module, LearnedPoint) for module in student.modules())
+    assert sum(isinstance(module, IntegerConstant) for module in student.modules()) == 6
+    onnx_alone = learnable(calibrated, [rounding(RECIPE, load_backend("onnx"))])
+    assert set(static_places(onnx_alone)) == dense
 
 
 def test_points_learn_where_the_recipe_rounds_them(calibrated: Calibrated) -> None:
-    fresh = learnable(calibrated, frozenset({"linear", "attention"}))
+    fresh = learnable(calibrated, [(frozenset({"linear", "attention"}), Arithmetic(activations="uint8"))])
     points = [name for name, module in fresh.named_modules() if isinstance(module, LearnedPoint)]
     assert len(points) == 6 * 4
     with torch.no_grad():
@@ -170,14 +176,13 @@ def test_points_learn_where_the_recipe_rounds_them(calibrated: Calibrated) -> No
 def test_what_is_read_together_has_one_range(student: nn.Module, result: Calibrated) -> None:
     attention = student.get_submodule("stages.0.blocks.0.attention")
     assert attention.q.input is attention.k.input is attention.v.input  # type: ignore[union-attr]
-    assert attention.q.output is not attention.k.output  # type: ignore[union-attr]
+    assert attention.q.input is not attention.proj.input  # type: ignore[union-attr]
     inputs = {result.ranges[f"stages.0.blocks.0.attention.{name}.input"] for name in "qkv"}
     assert len(inputs) == 1
 
 
 def test_what_was_learned_is_the_result(calibrated: Calibrated, student: nn.Module, result: Calibrated) -> None:
     before = {name: value.clone() for name, value in calibrated.network.state_dict().items()}
-    np.testing.assert_array_equal(logits(quantize(result.network, OPERATORS, STRICTEST, result.ranges)), logits(student))
     for name, layer in static_places(student).items():
         kept = result.network.get_submodule(name)
         assert torch.equal(kept.weight, layer.weight)  # type: ignore[arg-type]
@@ -188,6 +193,17 @@ def test_what_was_learned_is_the_result(calibrated: Calibrated, student: nn.Modu
 
 
 # artifacts
+
+
+def test_the_integers_are_those_that_were_trained(calibrated: Calibrated) -> None:
+    """Trained in one runtime's arithmetic, the student and what is exported for that runtime are the same function."""
+    fresh = learnable(calibrated, STRICTEST)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    after = learned(calibrated, fresh)
+    np.testing.assert_array_equal(logits(quantize(after.network, *STRICTEST[0], after.ranges)), logits(fresh))
+    assert sqnr_db(logits(fresh), logits(calibrated.network)) < 30
 
 
 def artifact(backend: str, model: GCViT, calibrated: Calibrated, folder: Path) -> Path:
@@ -224,9 +240,9 @@ def test_artifacts_answer_as_the_simulation(
     runtime = load_backend(backend)
     run = runtime.load(artifact(backend, model, result, tmp_path), 1)
     answers = np.concatenate([run(image[None]) for image in IMAGES])
-    operators = frozenset(RECIPE.operators) & runtime.INTEGER_OPERATORS
-    simulated = logits(quantize(result.network, operators, runtime.ARITHMETIC, result.ranges))
-    recalibrated = logits(quantize(result.network, operators, runtime.ARITHMETIC, calibrated.ranges))
+    rounds = rounding(RECIPE, runtime)
+    simulated = logits(quantize(result.network, *rounds, result.ranges))
+    recalibrated = logits(quantize(result.network, *rounds, calibrated.ranges))
     assert sqnr_db(answers, simulated) > 30
     assert sqnr_db(answers, simulated) > sqnr_db(answers, recalibrated) + 6  # with the calibrated ranges it would be another network
     assert sqnr_db(answers, logits(deploy(model))) < 25  # far from float: what was learned here is not what float computes

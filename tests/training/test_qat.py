@@ -27,8 +27,9 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.pipeline import quantize as quantize_bundle
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
-from gcvit_edge.quantization.learned import STRICTEST, learnable
+from gcvit_edge.quantization.learned import Rounding, learnable
 from gcvit_edge.quantization.scheme import quantize
 from gcvit_edge.recipe import parse_recipe
 from gcvit_edge.training.images import LabelledImages, Samples
@@ -44,6 +45,7 @@ calibration: {images: 24}
 limits: {max_drop: 50, min_agreement: 0.5}
 qat: {epochs: 2, batch_size: 8, micro_batch: 4, augmentation: {crop_scale: [0.7, 1.0]}}
 """
+ROUNDING: Rounding = frozenset({"linear", "conv"}), Arithmetic(activations="int8", linear_output=True, conv_output=True)
 Tune = Callable[..., tuple[Calibrated, dict[str, Any]]]
 
 
@@ -75,14 +77,14 @@ def tune(model: GCViT, calibrated: Calibrated, colours: LabelledImages, tmp_path
 
     def tune(state: str = "state", *, resume: bool = False, **changes: Any) -> tuple[Calibrated, dict[str, Any]]:
         job = FineTuning(settings(**changes), colours, make_accelerator("cpu"), tmp_path / state, resume)
-        return fine_tune(model, calibrated, ("linear", "conv"), job, Steps())
+        return fine_tune(model, calibrated, [ROUNDING], job, Steps())
 
     return tune
 
 
 def noise(result: Calibrated, model: GCViT, images: Tensor) -> float:
     """SQNR of what is deployed, in dB against float."""
-    deployed = quantize(result.network, frozenset({"linear", "conv"}), STRICTEST, result.ranges)
+    deployed = quantize(result.network, *ROUNDING, result.ranges)
     with torch.no_grad():
         return sqnr_db(deployed(images).numpy(), model(images).numpy())
 
@@ -132,7 +134,7 @@ def test_labels_alone_need_no_teacher(tune: Tune) -> None:
 def test_the_average_holds_ranges_too(calibrated: Calibrated, model: GCViT, colours: LabelledImages, tmp_path: Path) -> None:
     """The average of the logarithms, with the decay of weights: what `AveragedModel` gives for the last of two steps."""
     chosen = settings(epochs=1, batch_size=20, micro_batch=20, range_learning_rate=5e-2, ema_decay=0.9, warmup=0)
-    student = learnable(calibrated, frozenset({"linear", "conv"}))
+    student = learnable(calibrated, [ROUNDING])
     name = "stages.0.blocks.0.fc1.input.logarithms"
     seen: list[Tensor] = []
     student.register_forward_pre_hook(lambda *_: seen.append(student.get_parameter(name).detach().clone()))
@@ -145,7 +147,7 @@ def test_the_average_holds_ranges_too(calibrated: Calibrated, model: GCViT, colo
 
 
 def test_ranges_have_their_own_learning_rate(calibrated: Calibrated) -> None:
-    student = learnable(calibrated, frozenset({"linear", "conv"}))
+    student = learnable(calibrated, [ROUNDING])
     chosen = settings(weight_decay=0.1)
     found = groups(student, chosen)
     listed = [id(parameter) for group in found for parameter in group["params"]]
@@ -191,7 +193,7 @@ def test_a_run_goes_on_with_its_own_teacher(
         other.head.fc.bias.add_(1)  # type: ignore[union-attr, operator]
     job = FineTuning(settings(), colours, make_accelerator("cpu"), tmp_path / "state", True)
     with pytest.raises(UserError, match="is of another run: teacher was "):
-        fine_tune(other, calibrated, ("linear", "conv"), job, Steps())
+        fine_tune(other, calibrated, [ROUNDING], job, Steps())
 
 
 # the command
@@ -360,3 +362,5 @@ def test_a_dry_run_tells_what_would_be_trained(tiny: Tiny, tmp_path: Path, capfd
 def test_the_section_refuses_what_it_does_not_know() -> None:
     with pytest.raises(UserError, match=r"unknown key 'qat\.epoch'; did you mean 'epochs'\?"):
         parse_recipe(RECIPE.replace("epochs", "epoch"), "tiny")
+    with pytest.raises(UserError, match="`qat` trains INT8, and the precision is w4a8"):
+        parse_recipe(RECIPE + "precision: w4a8\n", "tiny")
