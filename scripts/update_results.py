@@ -104,7 +104,8 @@ def accuracy_table() -> str:
             cross = "" if each["cross"] is None else f"{each['cross']:.2%}"
             lines.append(
                 f"| {each['row']} | {each['backend']} | {each['images']:,} | {each['top1']:.2%} | "
-                f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | {each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
+                f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | "
+                f"{each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
             )
     return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *lines, ACCURACY_END])
 
