@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, load_backend
 from gcvit_edge.model.info import ModelInfo, read_config
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator, Recipe
 
 if TYPE_CHECKING:
@@ -29,15 +30,21 @@ def lower_quantized(name: str, calibrated: "Calibrated", info: ModelInfo, recipe
     from gcvit_edge.quantization.scheme import quantize
 
     backend = load_backend(name)
-    operators = integer_operators(recipe, backend)
+    operators, arithmetic = rounding(recipe, backend)
     deployed = rewrite(calibrated.network, backend.form(operators))
-    quantized = quantize(deployed, operators, backend.arithmetic(operators), calibrated.ranges, recipe.precision)
+    quantized = quantize(deployed, operators, arithmetic, calibrated.ranges, recipe.precision)
     return _save(name, quantized, recipe.precision, info, folder)
 
 
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
     """Of what a recipe wants in integers, what the backend's runtime has kernels for."""
     return frozenset(recipe.operators) & backend.INTEGER_OPERATORS
+
+
+def rounding(recipe: Recipe, backend: Backend) -> tuple[frozenset[Operator], Arithmetic]:
+    """What the backend's runtime rounds of a recipe, and how."""
+    operators = integer_operators(recipe, backend)
+    return operators, backend.arithmetic(operators)
 
 
 def _save(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:

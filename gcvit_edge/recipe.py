@@ -1,14 +1,15 @@
 """Recipes: what to quantize, how to calibrate, and the accuracy that the result must keep. One YAML file each."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
+from gcvit_edge.training.settings import QatSettings
 
 Operator = Literal["linear", "conv", "attention", "residual"]
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
@@ -41,7 +42,14 @@ class Recipe(Section):
     rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
     bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
+    qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.qat is not None and self.precision != "int8":
+            raise ValueError(f"`qat` trains INT8, and the precision is {self.precision}; leave out the one or change the other")
+        return self
 
 
 def recipe_names() -> list[str]:
