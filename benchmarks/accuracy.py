@@ -1,16 +1,17 @@
 """What quantization loses, by recipe and by algorithm: every artifact in its own runtime, against float on the same images.
 
-    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--only NAME ...] [--images N] [--json FILE]
+    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--labels FILE] [--only NAME ...] [--json FILE]
 
 --train sets ranges and everything that is fitted to images; --eval is only measured. Rows are the recipes, then int8_ptq with one
-algorithm changed at a time. A row that --json has already is not measured again, so a run that was cut off goes on.
+algorithm changed at a time, on every third image. A row that --json has already is not measured again, so a run that was cut off
+goes on.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.data import Pixels, class_indices, decode_images, find_images, inputs
-from gcvit_edge.evaluate import Logits, agreement, check_baseline, compare, hits
+from gcvit_edge.data import Pixels, decode_images, find_images, inputs, read_labels
+from gcvit_edge.evaluate import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.lower import lower_float, lower_quantized
-from gcvit_edge.model.create import load_model
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.plan import plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
@@ -31,12 +34,13 @@ from gcvit_edge.targets.local import run_artifacts
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a recipe, changed by `change`, for some of its backends."""
+    """A line of the table: a recipe, changed by `change`, for some of its backends, on every `every`-th image."""
 
     name: str
     recipe: str
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe
     backends: tuple[str, ...] | None = None
+    every: int = 3
 
 
 def calibration(**changes: Any) -> Callable[[Recipe], Recipe]:
@@ -50,7 +54,8 @@ def changed(**changes: Any) -> Callable[[Recipe], Recipe]:
 
 
 ROWS = (
-    *(Row(name, name) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16")),
+    *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16")),
+    Row("int8_ptq, every third image", "int8_ptq"),
     Row("int8_ptq, no smoothing", "int8_ptq", changed(smoothing=False)),
     Row("int8_ptq, bias correction", "int8_ptq", changed(bias_correction=True)),
     Row("int8_ptq, average ranges", "int8_ptq", calibration(ranges="average"), ("openvino",)),
@@ -71,10 +76,11 @@ ROWS = (
 class Bed:
     """What all rows have in common. reference: float logits (N, classes) of the evaluation images."""
 
-    weights: str
+    model: GCViT
+    info: ModelInfo
     train: Path
     pixels: Pixels
-    classes: "np.ndarray[Any, np.dtype[np.int64]]"
+    classes: Classes
     reference: Logits
     steps: Steps
 
@@ -82,27 +88,30 @@ class Bed:
 def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     """One entry for each backend of a row, and how far the backends agree with one another."""
     recipe = row.change(parse_recipe(recipe_text(row.recipe), row.recipe))
-    model, info = load_model(bed.weights)
+    info = bed.info
     images = find_images(bed.train, "calibration").select(recipe.calibration.images, recipe.calibration.seed)
     pixels = decode_images(images, info.preprocessing, work / "calib.npy")
     names = row.backends or recipe.backends
     with bed.steps.step(f"{row.name}: make"):
-        calibrated = calibrate(model, recipe, lambda: inputs(pixels, info.preprocessing))
+        calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, info.preprocessing))
         artifacts = [lower_quantized(name, calibrated, info, recipe, work / "made") for name in names]
-    with bed.steps.step(f"{row.name}: run", len(artifacts) * len(bed.classes)) as advance:
-        logits = run_artifacts(artifacts, bed.pixels, info.preprocessing, advance)
+    with bed.steps.step(f"{row.name}: run", len(artifacts) * len(bed.classes[:: row.every])) as advance:
+        some = replace(bed.pixels, file=work / "some.npy", kept=bed.pixels.kept[:: row.every])
+        np.save(some.file, bed.pixels.load()[:: row.every])
+        logits = run_artifacts(artifacts, some, info.preprocessing, advance)
     return [entry(row, artifact, each, logits, bed) for artifact, each in zip(artifacts, logits, strict=True)]
 
 
 def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits], bed: Bed) -> dict[str, Any]:
     """One line of the result. cross: agreement with the other runtimes' artifacts of the row, the lowest."""
-    accuracy = compare(logits, bed.reference, bed.classes)
+    reference, classes = bed.reference[:: row.every], bed.classes[:: row.every]
+    accuracy = compare(logits, reference, classes)
     others = [agreement(logits, other) for other in all_logits if other is not logits]
     return {
         "row": row.name,
         "backend": artifact.backend,
-        "images": len(bed.classes),
-        "float_top1": round(float(hits(bed.reference, bed.classes, 1).mean()), 6),
+        "images": len(classes),
+        "float_top1": round(float(hits(reference, classes, 1).mean()), 6),
         "top1": round(accuracy.top1, 6),
         "drop_points": round(accuracy.drop_points, 4),
         "drop_ci95": [round(end, 4) for end in accuracy.drop_ci95],
@@ -111,14 +120,6 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "cross": round(min(others), 6) if others else None,
         "size_bytes": artifact.size_bytes,
     }
-
-
-def reference_logits(weights: str, pixels: Pixels, work: Path, steps: Steps) -> Logits:
-    """Of our float artifact in OpenVINO, the fastest of the float ones; those of other runtimes differ by rounding alone."""
-    model, info = load_model(weights)
-    artifact = lower_float("openvino", model, info, work)
-    with steps.step("float", len(pixels.kept)) as advance:
-        return run_artifacts([artifact], pixels, info.preprocessing, advance)[0]
 
 
 def show(entries: list[dict[str, Any]]) -> Table:
@@ -141,23 +142,25 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, help="class names in the order of the logits (default: the checkpoint's)")
     parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--images", type=int, help="of --eval, evenly over the classes (default: all)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     entries = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
     steps = Steps(Console(stderr=True))
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        _, info = load_model(arguments.weights)
-        images = find_images(arguments.eval, "evaluation")
-        if arguments.images:
-            images = images.select(arguments.images, 0)
-        pixels = decode_images(images, info.preprocessing, work / "eval.npy")
-        classes = class_indices(images, info.labels)[pixels.kept]
-        reference = reference_logits(arguments.weights, pixels, work, steps)
+        labels = read_labels(arguments.labels) if arguments.labels else None
+        job = plan(weights=arguments.weights, labels=labels, calib=arguments.train, eval=arguments.eval, output=work / "unused")
+        preprocessing = job.info.preprocessing
+        pixels = decode_images(job.evaluation, preprocessing, work / "eval.npy")
+        classes = job.classes[pixels.kept]
+        # of the fastest of our float artifacts; those of other runtimes differ by rounding alone
+        artifact = lower_float("openvino", job.model, job.info, work)
+        with steps.step("float", len(classes)) as advance:
+            reference = run_artifacts([artifact], pixels, preprocessing, advance)[0]
         check_baseline(reference, classes)
-        bed = Bed(arguments.weights, arguments.train, pixels, classes, reference, steps)
+        bed = Bed(job.model, job.info, arguments.train, pixels, classes, reference, steps)
         for row in ROWS:
             if (arguments.only is None or row.name in arguments.only) and row.name not in {each["row"] for each in entries}:
                 entries += measure(row, bed, work)

@@ -3,6 +3,7 @@
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
     python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
+    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
     python scripts/update_results.py
 
 Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
@@ -88,6 +89,27 @@ def arm_table() -> str:
     return "\n".join([ARM_BEGIN, ARM_HEADER, *lines, ARM_END])
 
 
+ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy -->", "<!-- /accuracy -->"
+ACCURACY_HEADER = """\
+| recipe | runtime | images | top-1 | drop, points (95 % interval) | agreement | SQNR | agreement with the other runtimes | MB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def accuracy_table() -> str:
+    """Recipes and the ablation, markers included."""
+    lines = []
+    for path in sorted((ROOT / "results" / "accuracy").glob("*.json")):
+        for each in json.loads(path.read_text()):
+            low, high = each["drop_ci95"]
+            cross = "" if each["cross"] is None else f"{each['cross']:.2%}"
+            lines.append(
+                f"| {each['row']} | {each['backend']} | {each['images']:,} | {each['top1']:.2%} | "
+                f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | "
+                f"{each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
+            )
+    return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *lines, ACCURACY_END])
+
+
 def replaced(text: str, begin: str, section: str, end: str) -> str:
     """`text` with the section between two markers replaced."""
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
@@ -95,6 +117,12 @@ def replaced(text: str, begin: str, section: str, end: str) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), BEGIN, table(), END)
-    text = replaced(text, STOCK_BEGIN, stock_table(), STOCK_END)
-    readme.write_text(replaced(text, ARM_BEGIN, arm_table(), ARM_END))
+    text = readme.read_text()
+    for begin, section, end in (
+        (BEGIN, table, END),
+        (STOCK_BEGIN, stock_table, STOCK_END),
+        (ARM_BEGIN, arm_table, ARM_END),
+        (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
+    ):
+        text = replaced(text, begin, section(), end)
+    readme.write_text(text)
