@@ -4,9 +4,10 @@
     python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
     python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
+    gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
     python scripts/update_results.py
 
-Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
+Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
 results/arm_counts/MODEL.json is what that benchmark wrote; the tables have one row a runtime, and one a file on an emulated CPU.
 """
 
@@ -110,6 +111,21 @@ def accuracy_table() -> str:
     return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *lines, ACCURACY_END])
 
 
+QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
+
+
+def qat_table() -> str:
+    """What `int8_qat` gave, and how it was trained, markers included."""
+    reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results" / "qat").glob("*.json"))}
+    lines = [row for name, report in reports.items() for row in rows(name, report)]
+    notes = []
+    for name, report in reports.items():
+        training = report["training"]
+        losses = ", ".join(f"{epoch['loss']:.4g}" for epoch in training["epochs"])
+        notes.append(f"{name}: {training['images']:,} images, loss by epoch {losses}, {training['seconds'] / 60:.0f} minutes")
+    return "\n".join([QAT_BEGIN, HEADER, *lines, "", f"Training: {'; '.join(notes)}.", QAT_END])
+
+
 def replaced(text: str, begin: str, section: str, end: str) -> str:
     """`text` with the section between two markers replaced."""
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
@@ -123,6 +139,7 @@ if __name__ == "__main__":
         (STOCK_BEGIN, stock_table, STOCK_END),
         (ARM_BEGIN, arm_table, ARM_END),
         (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
+        (QAT_BEGIN, qat_table, QAT_END),
     ):
         text = replaced(text, begin, section(), end)
     readme.write_text(text)
