@@ -21,6 +21,13 @@ class Calibration(Section):
     ranges: RangeMethod = Field("minmax", description="how a range follows from what was seen; see quantization/ranges.py")
 
 
+class Search(Section):
+    """Choosing the layers that stay float so that the drop is within `limits`: see gcvit_edge/search.py."""
+
+    images: int = Field(2000, ge=50, strict=True, description="at most, of those that calibration does not use; they judge the drop")
+    ranked_by: int = Field(16, ge=1, strict=True, description="of these, the images that rank the layers")
+
+
 class Limits(Section):
     """Accuracy that every artifact must keep against float, on the evaluation images."""
 
@@ -37,6 +44,8 @@ class Recipe(Section):
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
+    keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
+    search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     limits: Limits = Limits()  # type: ignore[call-arg]
 

@@ -18,6 +18,7 @@ Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
 
   gcvit-edge quantize --recipe int8_ptq
   gcvit-edge quantize --recipe int8_ptq --weights flowers.safetensors --calib train/ --eval val/ -o flowers-int8
+  gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ...    layers stay float where the limit needs it
 """
 
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the accuracy; other images than --calib")
+    parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
     add_output_options(parser)
     parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
@@ -37,11 +39,13 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.pipeline import run_job
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
+    from gcvit_edge.report.search import search_lines
     from gcvit_edge.report.table import results_table, seconds_table
 
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, backends=arguments.backends,
         output=arguments.output, threads=arguments.threads, force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
+        max_drop=arguments.max_drop,
     )  # fmt: skip
     if arguments.dry_run:
         described = describe_plan(job)
@@ -56,5 +60,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             f"{', '.join(broken)}: top-1 drop over {limits.max_drop} points or agreement below {limits.min_agreement:.1%}, the limits of "
             f"{job.recipe.name}; the bundle {job.output} is there to look at, but should not ship"
         )
-    shown = [results_table(report), seconds_table(report["seconds"]), *skipped_lines(report["skipped_images"]), f"bundle: {job.output}"]
+    skipped = skipped_lines(report["skipped_images"])
+    shown = [results_table(report), *search_lines(report), seconds_table(report["seconds"]), *skipped, f"bundle: {job.output}"]
     return Result(report, shown, error)

@@ -1,6 +1,7 @@
 """What a recipe's operators mean for each layer, in the arithmetic of a runtime."""
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -26,9 +27,11 @@ _FLOAT_INPUT: dict[Scales, type[nn.Module]] = {"dynamic": DynamicLinear, "dynami
 
 
 @torch.no_grad()
-def quantize(deployed: nn.Module, operators: frozenset[Operator], arithmetic: Arithmetic, ranges: Ranges) -> nn.Module:
-    """A copy of a deploy form with the layers of `operators` in integers. Constants are always stored as INT8: the position
-    biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
+def quantize(
+    deployed: nn.Module, operators: frozenset[Operator], arithmetic: Arithmetic, ranges: Ranges, keep: Collection[str] = ()
+) -> nn.Module:
+    """A copy of a deploy form with the layers of `operators` in integers, but for those named in `keep`. Constants are always stored as
+    INT8: the position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
     quantized = copy.deepcopy(deployed)
 
     def affine(place: str) -> Affine:
@@ -50,7 +53,7 @@ def quantize(deployed: nn.Module, operators: frozenset[Operator], arithmetic: Ar
 
     for name, module in list(quantized.named_modules()):
         parent_name, _, child = name.rpartition(".")
-        if child:
+        if child and name not in keep:
             parent = quantized.get_submodule(parent_name)
             setattr(parent, child, integer(name, module, parent))
     return quantized
