@@ -196,6 +196,12 @@ class ImageFolder:
         return ImageFolder(self.root, tuple(self.files[i] for i in chosen), tuple(self.classes[i] for i in chosen))
 
 
+    def without(self, others: "ImageFolder") -> "ImageFolder":
+        """Those of its images that are not among `others`, of the same root."""
+        kept = [i for i, file in enumerate(self.files) if file not in set(others.files)]
+        return ImageFolder(self.root, tuple(self.files[i] for i in kept), tuple(self.classes[i] for i in kept))
+
+
 def find_images(root: Path, purpose: str) -> ImageFolder:
     """Lists the images of a folder or a .zip; `purpose` is what error messages call them.
 

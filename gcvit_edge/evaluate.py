@@ -51,6 +51,11 @@ def paired_drop(reference: NDArray[np.bool_], changed: NDArray[np.bool_]) -> tup
     return 100 * (lost - won) / count, (100 * (centre - spread), 100 * (centre + spread))
 
 
+def images_that_show(drop: float) -> int:
+    """The fewest images on which `paired_drop` can end its interval at `drop` points (over 0): if no answer changes."""
+    return math.ceil(100 * _Z95 / drop) - 2
+
+
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """95 % confidence interval of a rate (Wilson, 1927), as fractions."""
     z2 = _Z95**2

@@ -21,19 +21,31 @@ def lower_float(name: str, model: "GCViT", info: ModelInfo, folder: Path) -> Art
     from gcvit_edge.model.deploy import deploy, rewrite
 
     backend = load_backend(name)
-    return _save(name, rewrite(deploy(model), backend.form(frozenset())), "float", info, folder)
+    return lower_network(name, rewrite(deploy(model), backend.form(frozenset())), "float", info, folder)
 
 
 def lower_quantized(name: str, calibrated: "Calibrated", info: ModelInfo, recipe: Recipe, folder: Path) -> Artifact:
     """Writes the artifact of backend `name` that `recipe` asks for."""
-    from gcvit_edge.model.deploy import rewrite
+    return lower_network(name, simulate(name, calibrated, recipe), recipe.precision, info, folder)
+
+
+def simulate(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
+    """What backend `name` exports for `recipe`: its way of writing the deploy form, in its integers, as PyTorch computes them."""
+    from gcvit_edge.quantization.keep import kept_layers
     from gcvit_edge.quantization.scheme import quantize
 
     backend = load_backend(name)
     operators, arithmetic = rounding(recipe, backend)
-    deployed = rewrite(calibrated.network, backend.form(operators))
-    quantized = quantize(deployed, operators, arithmetic, calibrated.ranges, recipe.precision)
-    return _save(name, quantized, recipe.precision, info, folder)
+    keep = kept_layers(calibrated.network, recipe.keep_float)
+    return quantize(written(name, calibrated, recipe), operators, arithmetic, calibrated.ranges, recipe.precision, keep)
+
+
+def written(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
+    """The same before anything is rounded."""
+    from gcvit_edge.model.deploy import rewrite
+
+    backend = load_backend(name)
+    return rewrite(calibrated.network, backend.form(integer_operators(recipe, backend)))
 
 
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
@@ -47,7 +59,8 @@ def rounding(recipe: Recipe, backend: Backend) -> tuple[frozenset[Operator], Ari
     return operators, backend.arithmetic(operators)
 
 
-def _save(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:
+def lower_network(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:
+    """Writes the artifact of a network that is written and quantized for backend `name`."""
     import torch
 
     backend = load_backend(name)

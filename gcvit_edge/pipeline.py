@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
-from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, decode_images, inputs
+from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
@@ -22,6 +22,7 @@ from gcvit_edge.machine import cpu_name
 from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
+from gcvit_edge.search import HeldOut, search
 from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ MIN_FLOAT_PARITY_DB = 80.0  # float artifacts differ by rounding only, which is 
 
 @dataclass(frozen=True)
 class Made:
-    """What one backend made."""
+    """What one backend made. search: how it was found which layers stay float, where the recipe wants that."""
 
     float: Artifact
     int8: Artifact
+    search: dict[str, Any] | None = None
 
 
 def quantize(
@@ -60,6 +62,7 @@ def quantize(
     force: bool = False,
     keep_float: bool = False,
     zip: bool = False,
+    max_drop: float | None = None,
     steps: Steps | None = None,
 ) -> Bundle:
     """Quantizes a GC ViT for every backend, measures each artifact against float in its own runtime, and packs a bundle.
@@ -68,7 +71,7 @@ def quantize(
     checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval, train: folders (or .zip) of
     images, one sub-folder a class; train, device ("auto", "cpu" or "cuda") and resume are for recipes that fine-tune. backends:
     default, those of the recipe. output: the bundle to make. keep_float: ship the float artifacts too. zip: one file instead of a
-    folder. steps: where progress goes.
+    folder. max_drop: in percentage points, instead of the recipe's limit. steps: where progress goes.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -79,7 +82,7 @@ def quantize(
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
         train=train, backends=backends, output=output, threads=threads, device=device, resume=resume, force=force, keep_float=keep_float,
-        zip=zip,
+        zip=zip, max_drop=max_drop,
     )  # fmt: skip
     if job.tuning is not None and job.tuning.accelerator.num_processes > 1:
         raise UserError("several processes are for the command: accelerate launch -m gcvit_edge quantize ...; call quantize() in one")
@@ -99,7 +102,8 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
         work = Path(scratch)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
         calibrated, prepared = _prepare(job, work, steps)
-        made = [_make(job, name, calibrated, stage if job.keep_float else work, stage, steps) for name in job.backends]
+        held_out = _hold_out(job, work, steps)
+        made = [_make(job, name, calibrated, held_out, work, stage, steps) for name in job.backends]
         report = _measure(job, made, pixels, stage, steps)
         report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
@@ -133,10 +137,31 @@ def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str,
     return calibrated, {"training": training, "skipped_images": [*images.skipped, *training.pop("skipped_images")]}
 
 
-def _make(job: Job, name: str, calibrated: "Calibrated", float_folder: Path, stage: Path, steps: Steps) -> Made:
+def _hold_out(job: Job, work: Path, steps: Steps) -> HeldOut | None:
+    """The images of a search, if the recipe has one."""
+    if job.held_out is None:
+        return None
+    pixels = _decode(job.held_out, job.info.preprocessing, work / "held_out.npy", "read held-out images", steps)
+    classes = class_indices(job.held_out, job.info.labels)[pixels.kept]
+    return HeldOut(pixels, classes, job.info.preprocessing, ranking_images(job, work, steps))
+
+
+def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float32]]:
+    """The images (1, C, H, W) by which layers are ranked."""
+    pixels = _decode(job.ranking, job.info.preprocessing, work / "ranking.npy", "read images that rank", steps)
+    return list(inputs(pixels, job.info.preprocessing, len(pixels.kept)))
+
+
+def _make(
+    job: Job, name: str, calibrated: "Calibrated", held_out: HeldOut | None, work: Path, stage: Path, steps: Steps
+) -> Made:
     """Float and INT8 artifact of one backend."""
     with steps.step(f"{name}: export float"):
-        float_artifact = lower_float(name, job.model, job.info, float_folder)
+        float_artifact = lower_float(name, job.model, job.info, stage if job.keep_float else work)
+    if held_out is not None:
+        artifact, report = search(name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, work, job.threads, steps)
+        gc.collect()
+        return Made(float_artifact, artifact, report)
     with steps.step(f"{name}: export {job.recipe.precision}"):
         int8_artifact = lower_quantized(name, calibrated, job.info, job.recipe, stage)
     gc.collect()
@@ -194,6 +219,7 @@ def _entry(
         "backend": each.int8.backend,
         "precision": each.int8.precision,
         "file": each.int8.path.relative_to(stage).as_posix(),
+        "search": each.search,
         "integer_operators": sorted(integer_operators(job.recipe, load_backend(each.int8.backend))),
         "size_bytes": each.int8.size_bytes,
         "float_size_bytes": each.float.size_bytes,

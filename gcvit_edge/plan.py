@@ -12,9 +12,11 @@ from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle import check_output
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, find_images
 from gcvit_edge.errors import UserError
+from gcvit_edge.evaluate import images_that_show
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
+from gcvit_edge.recipe import Limits, Recipe, Search, parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
+from gcvit_edge.schema import validate
 from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
@@ -28,13 +30,18 @@ MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: everything that can be wrong with the input has been looked at, and nothing was written."""
+    """A checked request: everything that can be wrong with the input has been looked at, and nothing was written.
+
+    ranking, held_out: images that neither calibrate nor evaluate, by which layers are ranked and a search judges.
+    """
 
     recipe: Recipe
     recipe_text: str
     model: "GCViT"
     info: ModelInfo
     calibration: ImageFolder
+    ranking: ImageFolder
+    held_out: ImageFolder | None
     evaluation: ImageFolder
     classes: NDArray[np.int64]
     backends: tuple[str, ...]
@@ -64,6 +71,7 @@ def plan(
     force: bool = False,
     keep_float: bool = False,
     zip: bool = False,
+    max_drop: float | None = None,
 ) -> Job:
     """Checks a request to quantize; the arguments are those of `quantize`.
 
@@ -72,6 +80,8 @@ def plan(
     """
     text = recipe_text(recipe)
     parsed = parse_recipe(text, recipe)
+    if max_drop is not None:
+        parsed = parsed.model_copy(update={"limits": validate(Limits, parsed.limits.model_dump() | {"max_drop": max_drop}, "--max-drop")})
     names = tuple(dict.fromkeys(backends or parsed.backends))
     for name in names:
         able = load_backend(name).PRECISIONS
@@ -80,6 +90,8 @@ def plan(
                             f"{', '.join(sorted(able))}); give --backends without it")
     threads = resolve_threads(threads)
     sample = weights is None and (model is None or isinstance(model, str))
+    if sample and parsed.search:  # which wants more images than calibration does
+        calib = calib or resource_dir("calib") / "train.zip"
     calib, eval = _image_folders(sample, calib, eval)
     train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
@@ -91,6 +103,11 @@ def plan(
     target = bundle_path(output, f"{info.name}.{parsed.name}", zip)
     check_output(target, force)
     selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
+    rest = calibration.without(selected)
+    held_out = _held_out(parsed, rest, info.labels) if parsed.search else None
+    ranking = (rest if rest.files else selected).select((parsed.search or Search()).ranked_by, parsed.calibration.seed)  # type: ignore[call-arg]
+    if parsed.keep_float:
+        _check_keep_float(network, parsed.keep_float)
     tuning = None
     if parsed.qat is not None and train is not None:
         from gcvit_edge.training.qat import plan_fine_tuning
@@ -98,7 +115,9 @@ def plan(
         tuning = plan_fine_tuning(
             parsed.qat, train, info.labels, info.preprocessing, target, device=device or "auto", resume=resume, force=force
         )
-    return Job(parsed, text, network, info, selected, evaluation, classes, names, target, threads, force, keep_float, tuning)
+    return Job(
+        parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float, tuning
+    )
 
 
 def resolve_threads(threads: int | None) -> int:
@@ -161,6 +180,32 @@ def _training_folder(
     return Path(train)
 
 
+def _held_out(recipe: Recipe, rest: ImageFolder, labels: Labels) -> ImageFolder:
+    """The images that judge which layers stay float."""
+    assert recipe.search is not None
+    limit = recipe.limits.max_drop
+    if limit <= 0:
+        raise UserError(f"{recipe.name} searches for a drop of at most {limit} points, but no number of images can show that none is "
+                        "lost; give a --max-drop over 0")
+    held_out = rest.select(recipe.search.images, recipe.calibration.seed)
+    needed = images_that_show(limit)
+    if len(held_out.files) < needed:
+        raise UserError(
+            f"{rest.root} leaves {len(held_out.files)} images that do not calibrate, and {recipe.name} looks at {recipe.search.images} at "
+            f"most; to show a drop of at most {limit} points with 95 % confidence takes {needed}, better three times as many. Give more "
+            "images in --calib, a larger `search.images`, or a larger --max-drop"
+        )
+    class_indices(held_out, labels)
+    return held_out
+
+
+def _check_keep_float(network: "GCViT", patterns: Sequence[str]) -> None:
+    from gcvit_edge.model.deploy import deploy
+    from gcvit_edge.quantization.keep import kept_layers
+
+    kept_layers(deploy(network), patterns)
+
+
 def _resolve_model(
     model: "str | GCViT | None",
     weights: str | Path | None,
@@ -198,6 +243,7 @@ def describe_plan(job: Job) -> dict[str, Any]:
         "classes": len(job.info.labels.names),
         "preprocessing": job.info.preprocessing.model_dump(),
         "calibration_images": len(job.calibration.files),
+        **({"held_out_images": len(job.held_out.files)} if job.held_out else {}),
         "evaluation_images": len(job.evaluation.files),
         **({"training_images": len(job.tuning.data), "device": str(job.tuning.accelerator.device)} if job.tuning else {}),
         "backends": list(job.backends),

@@ -23,6 +23,13 @@ class Calibration(Section):
     ranges: RangeMethod = Field("minmax", description="how a range follows from what was seen; see quantization/ranges.py")
 
 
+class Search(Section):
+    """Choosing the layers that stay float so that the drop is within `limits`: see gcvit_edge/search.py."""
+
+    images: int = Field(2000, ge=50, strict=True, description="at most, of those that calibration does not use; they judge the drop")
+    ranked_by: int = Field(16, ge=1, strict=True, description="of these, the images that rank the layers")
+
+
 class Limits(Section):
     """Accuracy that every artifact must keep against float, on the evaluation images."""
 
@@ -41,6 +48,8 @@ class Recipe(Section):
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
     rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
     bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
+    keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
+    search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
     qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
@@ -49,6 +58,8 @@ class Recipe(Section):
     def _trainable(self) -> Self:
         if self.qat is not None and self.precision != "int8":
             raise ValueError(f"`qat` trains INT8, and the precision is {self.precision}; leave out the one or change the other")
+        if self.qat is not None and (self.keep_float or self.search is not None):
+            raise ValueError("`qat` trains every layer in INT8; leave out `keep_float` and `search`, or `qat`")
         return self
 
 

@@ -22,6 +22,13 @@ description: limits that a tiny network keeps
 calibration: {images: 24}
 limits: {max_drop: 50, min_agreement: 0.5}
 """
+AUTO_RECIPE = """\
+name: auto
+description: searches on the 76 images that do not calibrate
+calibration: {images: 24}
+search: {images: 76, ranked_by: 4}
+limits: {max_drop: 6, min_agreement: 0}
+"""
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,13 @@ class Tiny:
         return sorted((self.evaluation / colour).iterdir())[0]
 
 
-def make_tiny(folder: Path) -> Tiny:
-    """Writes images and a checkpoint below `folder`. The body is random; the head is fitted to the images' features."""
+def make_tiny(folder: Path, per_class: int = CALIBRATION_IMAGES // len(CLASSES)) -> Tiny:
+    """Writes images and a checkpoint below `folder`; per_class: calibration images.
+
+    The body is random; the head is fitted to the images' features.
+    """
     calib, evaluation = folder / "calib", folder / "eval"
-    write_images(calib, CALIBRATION_IMAGES // len(CLASSES), seed=1)
+    write_images(calib, per_class, seed=1)
     write_images(evaluation, EVALUATION_IMAGES // len(CLASSES), seed=2)
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=len(CLASSES), img_size=64)
@@ -51,6 +61,32 @@ def make_tiny(folder: Path) -> Tiny:
     save_checkpoint(model, describe_model(model, Labels.of(CLASSES)), weights, half=False)
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE, encoding="utf-8")
+    return Tiny(weights, calib, evaluation, recipe, model)
+
+
+RUINED_LAYER = "stages.2.blocks.0.fc2"
+
+
+def make_ruined(folder: Path) -> Tiny:
+    """The same with one layer that INT8 ruins: of its inputs one is 3000 and of no effect, so that a step is larger than the others.
+
+    No smoothing reaches it, since GELU is between it and the layer before. calib has 100 images, recipe searches.
+    """
+    calib, evaluation = folder / "calib", folder / "eval"
+    write_images(calib, 25, seed=1)
+    write_images(evaluation, EVALUATION_IMAGES // len(CLASSES), seed=2)
+    torch.manual_seed(0)
+    model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=len(CLASSES), img_size=64)
+    with torch.no_grad():
+        mlp = model.stages[2].blocks[0].mlp
+        mlp.fc1.bias[3] = 3000
+        mlp.fc2.weight[:, 3] = 0
+        mlp.fc2.weight *= 400
+    _fit_head(model, calib)
+    weights = folder / "ruined.safetensors"
+    save_checkpoint(model, describe_model(model, Labels.of(CLASSES)), weights, half=False)
+    recipe = folder / "auto.yaml"
+    recipe.write_text(AUTO_RECIPE, encoding="utf-8")
     return Tiny(weights, calib, evaluation, recipe, model)
 
 

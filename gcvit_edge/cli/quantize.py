@@ -18,6 +18,7 @@ Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
 
   gcvit-edge quantize --recipe int8_ptq
   gcvit-edge quantize --recipe int8_ptq --weights flowers.safetensors --calib train/ --eval val/ -o flowers-int8
+  gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ...    layers stay float where the limit needs it
 
 With --recipe int8_qat it fine-tunes in INT8 before; an interrupted run goes on, bit for bit, with the same command and --resume.
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--train", type=Path, metavar="DIR", help="to fine-tune on: a folder or .zip as above; other images than --eval")
     tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
     tuning.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
     add_output_options(parser)
     parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
@@ -46,12 +48,13 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     from gcvit_edge.pipeline import run_job
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
+    from gcvit_edge.report.search import search_lines
     from gcvit_edge.report.table import epochs_table, results_table, seconds_table
 
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
         backends=arguments.backends, output=arguments.output, threads=arguments.threads, device=arguments.device, resume=arguments.resume,
-        force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
+        force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip, max_drop=arguments.max_drop,
     )  # fmt: skip
     main = job.tuning is None or job.tuning.accelerator.is_main_process
     if arguments.dry_run and not main:
@@ -74,5 +77,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         )
     training = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     skipped = skipped_lines(report["skipped_images"])
-    shown = [*training, results_table(report), seconds_table(report["seconds"]), *skipped, f"bundle: {job.output}"]
+    tables = [*training, results_table(report), *search_lines(report), seconds_table(report["seconds"])]
+    shown = [*tables, *skipped, f"bundle: {job.output}"]
     return Result(report, shown, error)

@@ -1,6 +1,7 @@
 """What a recipe's precision and operators mean for each layer, in the arithmetic of a runtime."""
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -35,10 +36,15 @@ def in_four_bits(name: str, channels: int, precision: Precision) -> bool:
 
 @torch.no_grad()
 def quantize(
-    deployed: nn.Module, operators: frozenset[Operator], arithmetic: Arithmetic, ranges: Ranges, precision: Precision = "int8"
+    deployed: nn.Module,
+    operators: frozenset[Operator],
+    arithmetic: Arithmetic,
+    ranges: Ranges,
+    precision: Precision = "int8",
+    keep: Collection[str] = (),
 ) -> nn.Module:
-    """A copy of a deploy form with the layers of `operators` in `precision`. Constants are stored like weights, in 8 bits at least: the
-    position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
+    """A copy of a deploy form with the layers of `operators` in `precision`, but for those named in `keep`. Constants are stored like
+    weights, in 8 bits at least: the position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
     quantized = copy.deepcopy(deployed)
 
     def affine(place: str) -> Affine:
@@ -84,7 +90,7 @@ def quantize(
 
     for name, module in list(quantized.named_modules()):
         parent_name, _, child = name.rpartition(".")
-        if child:
+        if child and name not in keep:
             parent = quantized.get_submodule(parent_name)
             setattr(parent, child, treated(name, module, parent))
     return quantized

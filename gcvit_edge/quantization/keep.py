@@ -1,0 +1,38 @@
+"""Layers that stay float, by name: of linears and convolutions, and of points, the activations that other operators would round."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from gcvit_edge.errors import UserError, nearest
+from gcvit_edge.model.deploy import Point
+
+
+def layer_names(deployed: nn.Module) -> list[str]:
+    """What can be kept float, in the order of the network; the same names in every `Form`."""
+    return [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | Point)]
+
+
+def kept_layers(deployed: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
+    """The layers of a deploy form that match any of these names or patterns (those of `fnmatch`: * ? [abc]).
+
+    Raises:
+        UserError: a pattern that matches nothing; the message names the nearest layer.
+    """
+    names = layer_names(deployed)
+    kept: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            guess = nearest(pattern, sorted({part for name in names for part in _parts(name)}) if "*" in pattern else names)
+            hint = f"did you mean {guess!r}?" if guess else f"such as {names[1]!r} or 'stages.0.*'"
+            raise UserError(f"keep_float: {pattern!r} matches no layer of the network; {hint}")
+        kept |= matched
+    return frozenset(kept)
+
+
+def _parts(name: str) -> list[str]:
+    """Patterns for the modules that a layer is in: "stages.0.*", "stages.0.blocks.*", ..."""
+    steps = name.split(".")
+    return [".".join(steps[:length]) + ".*" for length in range(1, len(steps))]

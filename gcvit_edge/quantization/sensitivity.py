@@ -1,0 +1,126 @@
+"""How much each layer's rounding disturbs the logits: rounded alone in a float network, or alone left float in a rounded one.
+
+Measured without labels or gradients, as the SQNR of the logits. All layers of a part of the network (`model.parts`) share what is
+computed before it, so a layer costs the rest of a forward pass, not a whole one.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurements import Measurements
+from gcvit_edge.model.deploy import Point
+from gcvit_edge.model.parts import State, parts
+from gcvit_edge.parity import finite_db
+from gcvit_edge.progress import Advance
+
+Image = NDArray[np.float32]
+Kind = Literal["alone", "without"]
+
+
+def rounded_layers(network: nn.Module, quantized: nn.Module) -> list[str]:
+    """Names of the layers and points that `quantized` has in integers, in the order of the network."""
+    return [
+        name for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | Point) and type(quantized.get_submodule(name)) is not type(module)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def logits(network: nn.Module, images: Sequence[Image]) -> NDArray[np.float32]:
+    """(N, classes) of images (1, C, H, W), one at a time: scales that are found when a layer runs are those of one image."""
+    return np.concatenate([network(torch.from_numpy(image)).numpy() for image in images])
+
+
+@torch.no_grad()
+def exchange(
+    network: nn.Module, quantized: nn.Module, names: Sequence[str], images: Sequence[Image], known: Measurements, kind: Kind,
+    advance: Advance,
+) -> dict[str, float]:  # fmt: skip
+    """SQNR in dB of the logits against those of the float `network`, for each of the layers `names`.
+
+    kind: "alone", when it alone is that of `quantized`; "without", when all others are. Images are (1, C, H, W). Both networks are as
+    before afterwards. What is measured is kept in `known` as "KIND LAYER"; if all is known, nothing runs.
+    """
+    base, other = (network, quantized) if kind == "alone" else (quantized, network)
+    complete = all(f"{kind} {name}" in known.values for name in names)
+    reference = np.empty((0, 0), np.float32) if complete else logits(network, images)
+    steps = parts(base)
+    states: list[list[State]] = []  # of every part, what each image gives it
+    for index, step in enumerate(steps):
+        inside = [name for name in names if name.startswith(step.layers)] if step.layers else []
+        missing = [name for name in inside if f"{kind} {name}" not in known.values]
+        if missing:
+            while len(states) <= index:  # only as far as something is missing
+                done = len(states)
+                states.append([steps[done - 1].run(state) for state in states[-1]] if done else [(torch.from_numpy(x),) for x in images])
+                if done:
+                    states[done - 1] = []  # is not needed again
+        for name in inside:
+            known.get(f"{kind} {name}", lambda name=name, index=index: _sqnr(base, other, name, steps[index:], states[index], reference))
+            advance()
+    return {name: known.values[f"{kind} {name}"] for name in names}
+
+
+def _sqnr(base: nn.Module, other: nn.Module, name: str, steps: Sequence[Any], states: list[State], reference: NDArray[np.float32]) -> float:
+    with exchanged(base, other, [name]):
+        changed = []
+        for state in states:
+            for step in steps:
+                state = step.run(state)
+            changed.append(state[0].numpy())
+    return finite_db(sqnr_db(np.concatenate(changed), reference))
+
+
+@contextmanager
+def exchanged(base: nn.Module, other: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Inside, `base` has these layers of `other`."""
+    before = {name: base.get_submodule(name) for name in names}
+    try:
+        for name in before:
+            _put(base, name, other.get_submodule(name))
+        yield
+    finally:
+        for name, module in before.items():
+            _put(base, name, module)
+
+
+def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, int]:
+    """Multiplications of one inference by layer; of points, the numbers that they round. image: (1, C, H, W)."""
+    counted: dict[str, int] = {}
+
+    def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            each = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else 1
+            counted[name] = counted.get(name, 0) + output.numel() * each
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(count(name)) for name in names]
+    try:
+        network(torch.from_numpy(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: counted[name] for name in names}
+
+
+def identity(network: nn.Module) -> Iterator[bytes | str]:
+    """What a network is, for `measurements.digest`: names, types and contents."""
+    for name, module in network.named_modules():
+        yield f"{name} {type(module).__name__}"
+    for name, tensor in network.state_dict().items():
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,24 @@
+"""How the layers that stay float were found, in words."""
+
+from typing import Any
+
+
+def search_lines(report: dict[str, Any]) -> list[str]:
+    """A line or more for each artifact of a search; none for recipes without one."""
+    return [line for entry in report["artifacts"] if entry["search"] for line in _lines(entry, report["limits"]["max_drop"])]
+
+
+def _lines(entry: dict[str, Any], limit: float) -> list[str]:
+    backend, search = entry["backend"], entry["search"]
+    kept, tried, ms = search["kept_float"], search["tried"], search["latency_ms"]
+    plain = tried[0]
+    if not kept:
+        return [f"{backend}: plain INT8 loses at most {plain['drop_ci95'][1]:.2f} points on held-out images, so no layer stays float"]
+    last = next(trial for trial in tried if trial["layers_float"] == len(kept))
+    shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+    return [
+        f"{backend}: {len(kept)} layers stay float, {shown}: at most {last['drop_ci95'][1]:.2f} points on held-out images "
+        f"(limit {limit}; plain INT8 {plain['drop_ci95'][1]:.2f})",
+        f"  {ms['chosen']:.1f} ms; plain INT8 {ms['plain']:.1f}, float {ms['float']:.1f}, the safe choice {ms['safe']:.1f} "
+        f"(the first {len(search['safe_choice'])} layers in float)",
+    ]

@@ -1,0 +1,52 @@
+"""Measurements that outlive an interruption."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gcvit_edge.measurements import Measurements, cache_file, digest
+
+
+def fails() -> Any:
+    raise AssertionError("measured again")
+
+
+def test_values_are_measured_once_and_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "x.jsonl"
+    first = Measurements(file)
+    assert first.get("a", lambda: 1.5) == 1.5
+    assert first.get("a", fails) == 1.5
+    assert first.get("b", lambda: {"drop": [0.1, -0.2]}) == {"drop": [0.1, -0.2]}
+    again = Measurements(file)
+    assert again.values == {"a": 1.5, "b": {"drop": [0.1, -0.2]}}
+    assert again.get("b", fails) == {"drop": [0.1, -0.2]}
+
+
+def test_a_writer_that_was_killed_loses_only_its_last_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    Measurements(file).get("a", lambda: 1)
+    Measurements(file).get("b", lambda: 2)
+    file.write_text(file.read_text()[:-2])
+    again = Measurements(file)
+    assert again.values == {"a": 1}
+    again.get("b", lambda: 3)
+    assert Measurements(file).values == {"a": 1, "b": 3}
+
+
+def test_a_failed_measurement_is_not_kept(tmp_path: Path) -> None:
+    known = Measurements(tmp_path / "x.jsonl")
+    with pytest.raises(ZeroDivisionError):
+        known.get("a", lambda: 1 / 0)
+    assert known.get("a", lambda: 2) == 2
+
+
+def test_digest_tells_where_a_part_ends() -> None:
+    assert digest(["ab", "c"]) != digest(["a", "bc"])
+    assert digest([b"a"]) == digest(["a"])
+    assert len(digest([])) == 64
+
+
+def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_file(digest(["a"])).parent == tmp_path / "gcvit-edge" / "measurements"

@@ -1,0 +1,189 @@
+"""int8_auto: what stays float, why, and that an interrupted search goes on where it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from tiny import AUTO_RECIPE, RUINED_LAYER, Tiny, make_ruined, make_tiny
+
+from gcvit_edge import search as module
+from gcvit_edge.bundle import Bundle, open_bundle
+from gcvit_edge.cli import main
+from gcvit_edge.errors import UserError
+from gcvit_edge.lower import lower_quantized
+from gcvit_edge.pipeline import quantize
+from gcvit_edge.plan import plan
+from gcvit_edge.recipe import Limits
+from gcvit_edge.report.search import search_lines
+from gcvit_edge.search import Layer, candidates, frontier, predicted_ms, within
+
+LAYERS = [Layer("quiet", 60, 100), Layer("loud", 20, 1000), Layer("cheap", 45, 1), Layer("dear", 40, 100_000)]
+
+
+def test_noise_for_each_multiplication_decides_who_is_first() -> None:
+    assert [layer.name for layer in frontier(LAYERS)] == ["cheap", "loud", "quiet", "dear"]
+
+
+def test_candidates_are_steps_of_noise_that_end_with_all() -> None:
+    # without "cheap" the noise hardly falls; with "loud" by 20 dB; "quiet" adds nothing to that; then all
+    assert candidates(frontier(LAYERS)) == [0, 2, 4]
+    same = [Layer(str(i), 30, 10) for i in range(10)]
+    assert candidates(same) == [0, 4, 7, 9, 10]
+    assert candidates(LAYERS[:1]) == [0, 1]
+
+
+def test_what_int8_saves_is_shared_out_by_multiplications() -> None:
+    order = [Layer("a", 30, 25), Layer("b", 30, 75)]
+    assert [predicted_ms(order, count, 20, 12) for count in range(3)] == [12, 14, 20]
+
+
+def test_within_asks_for_the_upper_end_of_the_interval() -> None:
+    accuracy = {"drop_points": 0.1, "drop_ci95": (-0.3, 0.5), "agreement": 0.99}
+    assert within(accuracy, Limits(max_drop=0.5, min_agreement=0.99))
+    assert not within(accuracy, Limits(max_drop=0.49, min_agreement=0))
+    assert not within(accuracy, Limits(max_drop=0.5, min_agreement=0.995))
+
+
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_ruined(tmp_path_factory.mktemp("ruined"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("gcvit_edge.pipeline.TIMED_ROUNDS", 2)
+    monkeypatch.setattr(module, "TIMED_ROUNDS", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def searched(tiny: Tiny, output: Path, **options: Any) -> Bundle:
+    return quantize(
+        str(options.pop("recipe", tiny.recipe)), weights=tiny.weights, calib=tiny.calib, eval=tiny.evaluation, output=output, threads=1,
+        backends=options.pop("backends", ["onnx"]), **options,
+    )  # fmt: skip
+
+
+def integer_products(bundle: Bundle) -> int:
+    graph = onnx.load(bundle.artifact("onnx", "int8").path).graph
+    return sum(node.op_type == "MatMulInteger" for node in graph.node)
+
+
+@pytest.mark.parametrize("backend", ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "executorch"))])
+def test_the_one_layer_that_ruins_int8_stays_float(ruined: Tiny, tmp_path: Path, backend: str) -> None:
+    bundle = searched(ruined, tmp_path / "auto", backends=[backend])
+    entry = bundle.report["artifacts"][0]
+    found = entry["search"]
+    assert found["tried"][0]["layers_float"] == 0
+    assert found["tried"][0]["drop_points"] > 20
+    assert not found["tried"][0]["within"]
+    assert RUINED_LAYER in found["kept_float"]
+    assert len(found["kept_float"]) < 12  # of 62: only what costs as good as nothing goes with it
+    assert next(trial for trial in found["tried"] if trial["layers_float"] == len(found["kept_float"]))["within"]
+    assert entry["drop_points"] <= 6
+    assert bundle.manifest.within_limits
+    assert len(found["safe_choice"]) > 12  # all from the image to that layer
+    assert RUINED_LAYER in found["safe_choice"]
+    assert set(found["latency_ms"]) == {"float", "plain", "chosen", "safe", "predicted"}
+    assert f"{len(found['kept_float'])} layers stay float" in search_lines(bundle.report)[0]
+    assert bundle.verify()[f"{backend}.int8"].passed
+
+
+def test_the_file_has_these_layers_in_float(ruined: Tiny, tmp_path: Path) -> None:
+    auto = searched(ruined, tmp_path / "auto")
+    kept = auto.report["artifacts"][0]["search"]["kept_float"]
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text("name: plain\ndescription: x\ncalibration: {images: 24}\nlimits: {max_drop: 100, min_agreement: 0}\n")
+    plain = searched(ruined, tmp_path / "plain", recipe=recipe)
+    delicate = ("head", "squeeze", "excite")  # have INT8 weights, but no integer product
+    products = [name for name in kept if not name.endswith((*delicate, "reduction"))]
+    assert integer_products(auto) == integer_products(plain) - len(products) > 0
+    # the same layers, named in a recipe
+    recipe.write_text(recipe.read_text() + f"keep_float: {json.dumps(kept)}\n")
+    named = searched(ruined, tmp_path / "named", recipe=recipe)
+    assert named.artifact("onnx").path.read_bytes() == auto.artifact("onnx").path.read_bytes()
+
+
+def test_nothing_stays_float_where_plain_int8_is_within_the_limit(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "tiny", per_class=25)
+    recipe = tmp_path / "auto.yaml"
+    recipe.write_text(AUTO_RECIPE)
+    bundle = searched(tiny, tmp_path / "out", recipe=recipe)
+    found = bundle.report["artifacts"][0]["search"]
+    assert (found["kept_float"], found["latency_ms"], len(found["tried"])) == ([], None, 1)
+    assert "so no layer stays float" in search_lines(bundle.report)[0]
+
+
+def test_an_interrupted_search_goes_on_where_it_was(ruined: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[tuple[str, ...]] = []
+
+    def counted(name: str, calibrated: Any, info: Any, recipe: Any, folder: Path) -> Any:
+        if len(lowered) == stop:
+            raise KeyboardInterrupt
+        lowered.append(recipe.keep_float)
+        return lower_quantized(name, calibrated, info, recipe, folder)
+
+    monkeypatch.setattr(module, "lower_quantized", counted)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        searched(ruined, tmp_path / "first")
+    assert not (tmp_path / "first").exists()
+    before, stop = list(lowered), -1
+    lowered.clear()
+    resumed = searched(ruined, tmp_path / "second").report["artifacts"][0]["search"]
+    kept = next(keep for keep in lowered if sorted(keep) == resumed["kept_float"])
+    assert not set(lowered) & (set(before) - {(), kept})  # plain and chosen are timed, so made again
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    afresh = searched(ruined, tmp_path / "third").report["artifacts"][0]["search"]
+    for key in ("kept_float", "safe_choice", "tried"):
+        assert resumed[key] == afresh[key]
+
+
+def test_other_weights_are_measured_anew(ruined: Tiny, tmp_path: Path) -> None:
+    searched(ruined, tmp_path / "a")
+    searched(make_ruined(tmp_path / "same"), tmp_path / "b")
+    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 1  # the same weights and images in another place are the same
+    recipe = tmp_path / "rough.yaml"
+    recipe.write_text(ruined.recipe.read_text().replace("calibration: {images: 24}", "calibration: {images: 20}"))
+    searched(ruined, tmp_path / "c", recipe=recipe)
+    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 2
+
+
+def test_max_drop_overrides_the_recipe(ruined: Tiny, tmp_path: Path) -> None:
+    folders = {"weights": ruined.weights, "calib": ruined.calib, "eval": ruined.evaluation}
+    assert plan(str(ruined.recipe), **folders).recipe.limits.max_drop == 6
+    assert plan(str(ruined.recipe), **folders, max_drop=8).recipe.limits == Limits(max_drop=8, min_agreement=0)
+    assert plan("int8_ptq", **folders, max_drop=-1).recipe.limits.max_drop == -1
+    with pytest.raises(UserError, match=r"--max-drop is not valid:\n  max_drop: got nan"):
+        plan("int8_ptq", **folders, max_drop=float("nan"))
+
+
+def test_too_few_images_are_refused(ruined: Tiny, tmp_path: Path) -> None:
+    folders = {"weights": ruined.weights, "calib": ruined.calib, "eval": ruined.evaluation}
+    with pytest.raises(UserError, match=r"leaves 76 images .* a drop of at most 1\.0 points with 95 % confidence takes 194"):
+        plan(str(ruined.recipe), **folders, max_drop=1)
+    with pytest.raises(UserError, match=r"auto searches for a drop of at most 0\.0 points, .* give a --max-drop over 0"):
+        plan(str(ruined.recipe), **folders, max_drop=0)
+    job = plan(str(ruined.recipe), **folders)
+    assert job.held_out is not None
+    assert not set(job.held_out.files) & set(job.calibration.files)
+    assert job.held_out.root != job.evaluation.root
+
+
+def test_the_embedded_sample_holds_images_out(tmp_path: Path) -> None:
+    job = plan("int8_auto", output=tmp_path / "out")
+    assert job.held_out is not None
+    assert (job.calibration.root.name, job.evaluation.root.name) == ("train.zip", "eval.zip")
+    assert (len(job.calibration.files), len(job.held_out.files)) == (128, 872)
+
+
+def test_command_line(ruined: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = main([
+        "quantize", "--recipe", str(ruined.recipe), "--weights", str(ruined.weights), "--calib", str(ruined.calib), "--backends", "onnx",
+        "--eval", str(ruined.evaluation), "--max-drop", "7", "-o", str(tmp_path / "out"), "--threads", "1",
+    ])  # fmt: skip
+    captured = capfd.readouterr()
+    assert code == 0, captured.err
+    assert "layers stay float" in captured.out.replace("\n", " ")
+    assert open_bundle(tmp_path / "out").report["limits"]["max_drop"] == 7
