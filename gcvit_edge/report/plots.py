@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 25
+SHOWN_DB = 30
 BLUE, ORANGE, GREY, RED = "#2166ac", "#e08214", "#9a9a9a", "#b2182b"
 
 
@@ -33,13 +34,14 @@ def sensitivity_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
         left.text(share, name, f" {layer['alone_db']:.1f} dB", va="center", fontsize=7)
     left.set_xlim(0, 1.2 * max(shares))
     everything = entry["logits"]["simulated_db"]
-    right.barh(names, [layer["without_db"] for layer in shown], color=ORANGE)
+    values = [layer["without_db"] for layer in shown]
+    right.hlines(names, [everything] * len(values), values, color=ORANGE, linewidth=2)
+    right.plot(values, names, "o", color=ORANGE, markersize=5)
     right.axvline(everything, color=RED, linewidth=1)
     right.text(everything, len(names) - 0.4, f"all rounded: {everything:.1f} dB", color=RED, fontsize=7, ha="center", va="bottom")
     right.set_yticks([])
-    lowest, highest = min(layer["without_db"] for layer in shown), max(layer["without_db"] for layer in shown)
-    margin = max(highest - lowest, 0.5)
-    right.set_xlim(min(lowest, everything) - 0.3 * margin, max(highest, everything) + 0.3 * margin)
+    for axes in (left, right):
+        axes.set_ylim(-0.7, len(names) + 0.2)
     right.set_xlabel("SQNR of the logits when it alone stays float, dB")
     figure.suptitle(
         f"{report['model']}, {entry['backend']}: the {len(shown)} most sensitive of {len(layers)} layers", fontsize=11, x=0.01, ha="left"
@@ -65,9 +67,9 @@ def ranges_plot(report: dict[str, Any]) -> "Figure":
             height = high[index] if axes is upper else places[index]["imbalance"]
             axes.annotate(places[index]["place"].removesuffix(".input"), (index, height), fontsize=7, rotation=25, va="bottom")
     stages = [place["place"].split(".")[1] if place["place"].startswith("stages.") else place["place"].split(".")[0] for place in places]
-    starts = [index for index in at if index == 0 or stages[index] != stages[index - 1]]
+    starts = [index for index in at if index and stages[index] != stages[index - 1]]
     for axes in (upper, lower):
-        for start in starts[1:]:
+        for start in starts:
             axes.axvline(start - 0.5, color=GREY, linewidth=0.8)
         axes.set_xlim(-1, len(places))
         axes.margins(y=0.25)
@@ -90,13 +92,14 @@ def pareto_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
     tried = [pareto["frontier"][count] for count in pareto["candidates"] if pareto["frontier"][count][2] is not None]
     axes.plot([point[1] for point in tried], [point[2] for point in tried], "o", color=BLUE, markersize=4, label="candidates, 2 dB apart")
     for point in tried[:6]:
-        axes.annotate(f"{point[0]}", (point[1], point[2]), textcoords="offset points", xytext=(-4, 5), fontsize=7, ha="right", color=BLUE)
+        axes.annotate(f"{point[0]}", (point[1], point[2]), textcoords="offset points", xytext=(5, -9), fontsize=7, color=BLUE)
     plain = pareto["frontier"][0]
     axes.plot(plain[1], plain[2], "s", color=RED, label=f"plain INT8: {entry['int8_ms']:.1f} ms, measured")
     axes.axvline(entry["float_ms"], color=RED, linewidth=1, linestyle=":", label=f"float: {entry['float_ms']:.1f} ms, measured")
     axes.set_xlabel("latency, ms (between the measured ends: by multiplications)")
     axes.set_ylabel("SQNR of the logits, dB\n(sum of the layers' noise)")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_ylim(plain[2] - 2, plain[2] + SHOWN_DB)  # above, only what is float throughout
+    axes.legend(fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
     title = f"{report['model']}, {entry['backend']}: accuracy against latency; numbers are layers in float"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
