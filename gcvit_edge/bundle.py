@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gcvit_edge.artifact import Artifact
+from gcvit_edge.artifact import Artifact, Precision
 from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
@@ -41,7 +41,7 @@ class File(BaseModel):
     size_bytes: int
     role: Role
     backend: str | None = None
-    precision: Literal["float", "int8"] | None = None
+    precision: Literal["float"] | Precision | None = None
 
 
 class RecipeCopy(BaseModel):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, load_backend
 from gcvit_edge.model.info import ModelInfo, read_config
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator, Recipe
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def simulate(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module"
     from gcvit_edge.quantization.scheme import quantize
 
     backend = load_backend(name)
-    operators = integer_operators(recipe, backend)
+    operators, arithmetic = rounding(recipe, backend)
     keep = kept_layers(calibrated.network, recipe.keep_float)
-    return quantize(written(name, calibrated, recipe), operators, backend.ARITHMETIC, calibrated.ranges, keep)
+    return quantize(written(name, calibrated, recipe), operators, arithmetic, calibrated.ranges, recipe.precision, keep)
 
 
 def written(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
@@ -50,6 +51,12 @@ def written(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
     """Of what a recipe wants in integers, what the backend's runtime has kernels for."""
     return frozenset(recipe.operators) & backend.INTEGER_OPERATORS
+
+
+def rounding(recipe: Recipe, backend: Backend) -> tuple[frozenset[Operator], Arithmetic]:
+    """What the backend's runtime rounds of a recipe, and how."""
+    operators = integer_operators(recipe, backend)
+    return operators, backend.arithmetic(operators)
 
 
 def lower_network(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:

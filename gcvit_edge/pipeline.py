@@ -15,9 +15,9 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
-from gcvit_edge.errors import CheckFailed
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
-from gcvit_edge.lower import integer_operators, lower_float, lower_quantized
+from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
 from gcvit_edge.machine import cpu_name
 from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
@@ -53,9 +53,12 @@ def quantize(
     preprocessing: Preprocessing | None = None,
     calib: str | Path | None = None,
     eval: str | Path | None = None,
+    train: str | Path | None = None,
     backends: Sequence[str] | None = None,
     output: str | Path | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    resume: bool = False,
     force: bool = False,
     keep_float: bool = False,
     zip: bool = False,
@@ -65,10 +68,10 @@ def quantize(
     """Quantizes a GC ViT for every backend, measures each artifact against float in its own runtime, and packs a bundle.
 
     recipe: name or YAML file. model: variant name, or a network from `create_model`; None recognises the weights. weights: a
-    checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval: folders (or .zip) of
-    images, one sub-folder a class. backends: default, those of the recipe. output: the bundle to make. keep_float: ship the
-    float artifacts too. zip: one file instead of a folder. max_drop: in percentage points, instead of the recipe's limit. steps:
-    where progress goes.
+    checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval, train: folders (or .zip) of
+    images, one sub-folder a class; train, device ("auto", "cpu" or "cuda") and resume are for recipes that fine-tune. backends:
+    default, those of the recipe. output: the bundle to make. keep_float: ship the float artifacts too. zip: one file instead of a
+    folder. max_drop: in percentage points, instead of the recipe's limit. steps: where progress goes.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -78,27 +81,38 @@ def quantize(
     """
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
-        backends=backends, output=output, threads=threads, force=force, keep_float=keep_float, zip=zip, max_drop=max_drop,
+        train=train, backends=backends, output=output, threads=threads, device=device, resume=resume, force=force, keep_float=keep_float,
+        zip=zip, max_drop=max_drop,
     )  # fmt: skip
-    return run_job(job, steps or Steps())
+    if job.tuning is not None and job.tuning.accelerator.num_processes > 1:
+        raise UserError("several processes are for the command: accelerate launch -m gcvit_edge quantize ...; call quantize() in one")
+    bundle = run_job(job, steps or Steps())
+    assert bundle is not None  # the only process is the main one
+    return bundle
 
 
-def run_job(job: Job, steps: Steps) -> Bundle:
-    """Does what `plan` has checked; see `quantize`."""
+def run_job(job: Job, steps: Steps) -> Bundle | None:
+    """Does what `plan` has checked; see `quantize`. Under `accelerate launch` the main process alone makes the bundle, after all have
+    trained; the others get None."""
+    if job.tuning is not None and not job.tuning.accelerator.is_main_process:
+        with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch:
+            _prepare(job, Path(scratch), steps)
+        return None
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch, staged_bundle(job.output, job.force) as stage:
         work = Path(scratch)
-        calibration = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
-        calibrated = _calibrate(job, calibration, steps)
+        calibrated, prepared = _prepare(job, work, steps)
         held_out = _hold_out(job, work, steps)
         made = [_make(job, name, calibrated, held_out, work, stage, steps) for name in job.backends]
         report = _measure(job, made, pixels, stage, steps)
-        report["skipped_images"] = [*calibration.skipped, *pixels.skipped]
+        report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
         with steps.step("pack"):
             golden = np.concatenate(list(inputs(pixels, job.info.preprocessing, GOLDEN_IMAGES)))
             recipe = RecipeCopy(name=job.recipe.name, text=job.recipe_text)
             pack(stage, job.info, shipped, golden, report, recipe, job.threads)
+    if job.tuning is not None:
+        job.tuning.state.unlink(missing_ok=True)  # the saved run is of no more use
     return open_bundle(job.output)
 
 
@@ -107,12 +121,20 @@ def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name:
         return decode_images(images, preprocessing, file, advance)
 
 
-def _calibrate(job: Job, images: Pixels, steps: Steps) -> "Calibrated":
-    """Once for all backends."""
+def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str, Any]]":
+    """Weights and ranges, once for all backends: calibrated, and fine-tuned if the recipe says so; and what the report says of it."""
     from gcvit_edge.quantization.calibrate import calibrate
 
+    images = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
     with steps.step("calibrate"):
-        return calibrate(job.model, job.recipe, lambda: inputs(images, job.info.preprocessing))
+        calibrated = calibrate(job.model, job.recipe, lambda: inputs(images, job.info.preprocessing))
+    if job.tuning is None:
+        return calibrated, {"skipped_images": images.skipped}
+    from gcvit_edge.training.qat import fine_tune
+
+    runtimes = [rounding(job.recipe, load_backend(name)) for name in job.backends]
+    calibrated, training = fine_tune(job.model, calibrated, runtimes, job.tuning, steps)
+    return calibrated, {"training": training, "skipped_images": [*images.skipped, *training.pop("skipped_images")]}
 
 
 def _hold_out(job: Job, work: Path, steps: Steps) -> HeldOut | None:

@@ -21,6 +21,7 @@ from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
+    from gcvit_edge.training.qat import FineTuning
 
 SAMPLE_MODEL = "gcvit_xxtiny"
 SAMPLE_WEIGHTS = "gcvit_xxtiny.fashion_mnist.safetensors"
@@ -48,6 +49,7 @@ class Job:
     threads: int
     force: bool
     keep_float: bool
+    tuning: "FineTuning | None"
 
 
 def plan(
@@ -60,9 +62,12 @@ def plan(
     preprocessing: Preprocessing | None = None,
     calib: str | Path | None = None,
     eval: str | Path | None = None,
+    train: str | Path | None = None,
     backends: Sequence[str] | None = None,
     output: str | Path | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    resume: bool = False,
     force: bool = False,
     keep_float: bool = False,
     zip: bool = False,
@@ -79,12 +84,16 @@ def plan(
         parsed = parsed.model_copy(update={"limits": validate(Limits, parsed.limits.model_dump() | {"max_drop": max_drop}, "--max-drop")})
     names = tuple(dict.fromkeys(backends or parsed.backends))
     for name in names:
-        load_backend(name)
+        able = load_backend(name).PRECISIONS
+        if parsed.precision not in able:
+            raise UserError(f"recipe {parsed.name} wants {parsed.precision}, which backend {name} cannot make (it makes "
+                            f"{', '.join(sorted(able))}); give --backends without it")
     threads = resolve_threads(threads)
     sample = weights is None and (model is None or isinstance(model, str))
     if sample and parsed.search:  # which wants more images than calibration does
         calib = calib or resource_dir("calib") / "train.zip"
     calib, eval = _image_folders(sample, calib, eval)
+    train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
     classes = class_indices(evaluation, info.labels)
@@ -99,7 +108,16 @@ def plan(
     ranking = (rest if rest.files else selected).select((parsed.search or Search()).ranked_by, parsed.calibration.seed)  # type: ignore[call-arg]
     if parsed.keep_float:
         _check_keep_float(network, parsed.keep_float)
-    return Job(parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float)
+    tuning = None
+    if parsed.qat is not None and train is not None:
+        from gcvit_edge.training.qat import plan_fine_tuning
+
+        tuning = plan_fine_tuning(
+            parsed.qat, train, info.labels, info.preprocessing, target, device=device or "auto", resume=resume, force=force
+        )
+    return Job(
+        parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float, tuning
+    )
 
 
 def resolve_threads(threads: int | None) -> int:
@@ -138,6 +156,28 @@ def _image_folders(sample: bool, calib: str | Path | None, eval: str | Path | No
         raise UserError(f"a model of your own needs {missing} DIR: a folder (or .zip) of your images, one sub-folder a class; "
                         "calibration sets the INT8 ranges, evaluation measures what they cost")
     return Path(calib), Path(eval)
+
+
+def _training_folder(
+    recipe: Recipe, sample: bool, train: str | Path | None, eval: Path, device: str | None, resume: bool
+) -> Path | None:
+    """The images to fine-tune on, if the recipe does that."""
+    if recipe.qat is None:
+        given = {"--train": train is not None, "--device": device is not None, "--resume": resume}
+        if any(given.values()):
+            flag = next(flag for flag in given if given[flag])
+            raise UserError(f"{flag} is for recipes that fine-tune, such as int8_qat, but {recipe.name} has no section `qat`; "
+                            "leave it out, or choose another --recipe")
+        return None
+    if train is None:
+        if not sample:
+            raise UserError("a model of your own needs --train DIR: a folder (or .zip) of your images to fine-tune on, one sub-folder "
+                            "a class, and other images than --eval; some thousand are plenty")
+        train = resource_dir("calib") / "train.zip"
+    if Path(train).resolve() == eval.resolve():
+        raise UserError(f"--train and --eval are both {train}; accuracy on images that were trained on says nothing, so give other "
+                        "images to one of them")
+    return Path(train)
 
 
 def _held_out(recipe: Recipe, rest: ImageFolder, labels: Labels) -> ImageFolder:
@@ -205,6 +245,7 @@ def describe_plan(job: Job) -> dict[str, Any]:
         "calibration_images": len(job.calibration.files),
         **({"held_out_images": len(job.held_out.files)} if job.held_out else {}),
         "evaluation_images": len(job.evaluation.files),
+        **({"training_images": len(job.tuning.data), "device": str(job.tuning.accelerator.device)} if job.tuning else {}),
         "backends": list(job.backends),
         "output": str(job.output),
         "threads": job.threads,

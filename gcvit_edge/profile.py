@@ -55,7 +55,8 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         raise UserError(f"--etdump needs the profile of an ExecuTorch artifact, got {etdump} for backend {backend!r}")
     threads, image = resolve_threads(threads), np.load(bundle.root / GOLDEN_INPUT)[:1]
     profiles: dict[str, Any] = {}
-    for precision in ("int8",) if etdump else sorted(artifacts):  # float first
+    precisions = sorted(artifacts, key=lambda precision: precision != "float")
+    for precision in precisions[-1:] if etdump else precisions:
         with steps.step(f"profile {backend}.{precision}"):
             if etdump:
                 from gcvit_edge.backends.executorch import read_etdump

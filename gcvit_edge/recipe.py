@@ -1,13 +1,15 @@
 """Recipes: what to quantize, how to calibrate, and the accuracy that the result must keep. One YAML file each."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
+from gcvit_edge.training.settings import QatSettings
 
 Operator = Literal["linear", "conv", "attention", "residual"]
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
@@ -40,14 +42,25 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
-    precision: Literal["int8"] = "int8"
+    precision: Precision = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
     smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
+    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
+    bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
     search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
+    qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.qat is not None and self.precision != "int8":
+            raise ValueError(f"`qat` trains INT8, and the precision is {self.precision}; leave out the one or change the other")
+        if self.qat is not None and (self.keep_float or self.search is not None):
+            raise ValueError("`qat` trains every layer in INT8; leave out `keep_float` and `search`, or `qat`")
+        return self
 
 
 def recipe_names() -> list[str]:

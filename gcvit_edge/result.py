@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.machine import Machine
 from gcvit_edge.parity import Parity
 
@@ -46,7 +47,7 @@ class Result(_Part):
     """Of one artifact, run in one way on one device."""
 
     backend: str
-    precision: Literal["float", "int8"]
+    precision: Literal["float"] | Precision
     execution: str = Field(description="how it was run: cpu, CUDA graphs, ...")
     runtime: str
     runtime_version: str

@@ -25,7 +25,7 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.data import Pixels, Preprocessing
 from gcvit_edge.evaluate import Logits, compare, sqnr_db
-from gcvit_edge.lower import integer_operators, lower_quantized, simulate, written
+from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
 from gcvit_edge.measurements import Measurements, cache_file, digest
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.progress import Steps
@@ -90,7 +90,8 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
     versions = [f"{package} {version(package)}" for package in ("gcvit-edge", *backend.PACKAGES)]
     recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
     key = digest([
-        name, repr(backend.ARITHMETIC), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())), *identity(calibrated.network),
+        name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())),
+        *identity(calibrated.network),
         *(image.tobytes() for image in images),
     ])  # fmt: skip
     return Measurements(cache_file(key))

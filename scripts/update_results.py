@@ -3,10 +3,13 @@
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
     python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
+    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
+    gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
     python scripts/update_results.py
 
-Each results/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
-results/arm_counts/MODEL.json is what that benchmark wrote; the tables have one row a runtime, and one a file on an emulated CPU.
+Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each
+results/vs_stock/MODEL.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark wrote; the tables have
+one row a runtime, one a file on an emulated CPU, and one an artifact.
 """
 
 import json
@@ -88,6 +91,42 @@ def arm_table() -> str:
     return "\n".join([ARM_BEGIN, ARM_HEADER, *lines, ARM_END])
 
 
+ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy -->", "<!-- /accuracy -->"
+ACCURACY_HEADER = """\
+| recipe | runtime | images | top-1 | drop, points (95 % interval) | agreement | SQNR | agreement with the other runtimes | MB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def accuracy_table() -> str:
+    """Recipes and the ablation, markers included."""
+    lines = []
+    for path in sorted((ROOT / "results" / "accuracy").glob("*.json")):
+        for each in json.loads(path.read_text()):
+            low, high = each["drop_ci95"]
+            cross = "" if each["cross"] is None else f"{each['cross']:.2%}"
+            lines.append(
+                f"| {each['row']} | {each['backend']} | {each['images']:,} | {each['top1']:.2%} | "
+                f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | "
+                f"{each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
+            )
+    return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *lines, ACCURACY_END])
+
+
+QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
+
+
+def qat_table() -> str:
+    """What `int8_qat` gave, and how it was trained, markers included."""
+    reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results" / "qat").glob("*.json"))}
+    lines = [row for name, report in reports.items() for row in rows(name, report)]
+    notes = []
+    for name, report in reports.items():
+        training = report["training"]
+        losses = ", ".join(f"{epoch['loss']:.4g}" for epoch in training["epochs"])
+        notes.append(f"{name}: {training['images']:,} images, loss by epoch {losses}, {training['seconds'] / 60:.0f} minutes")
+    return "\n".join([QAT_BEGIN, HEADER, *lines, "", f"Training: {'; '.join(notes)}.", QAT_END])
+
+
 def replaced(text: str, begin: str, section: str, end: str) -> str:
     """`text` with the section between two markers replaced."""
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
@@ -95,6 +134,13 @@ def replaced(text: str, begin: str, section: str, end: str) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    text = replaced(readme.read_text(), BEGIN, table(), END)
-    text = replaced(text, STOCK_BEGIN, stock_table(), STOCK_END)
-    readme.write_text(replaced(text, ARM_BEGIN, arm_table(), ARM_END))
+    text = readme.read_text()
+    for begin, section, end in (
+        (BEGIN, table, END),
+        (STOCK_BEGIN, stock_table, STOCK_END),
+        (ARM_BEGIN, arm_table, ARM_END),
+        (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
+        (QAT_BEGIN, qat_table, QAT_END),
+    ):
+        text = replaced(text, begin, section(), end)
+    readme.write_text(text)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gcvit_edge.backends as _package
+from gcvit_edge.artifact import Precision
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Operator as TimedOperator
 from gcvit_edge.quantization.arithmetic import Arithmetic
@@ -35,8 +36,8 @@ class Backend(Protocol):
     INTEGER_OPERATORS: frozenset[Operator]
     """What this runtime can compute in integers; operators that a recipe wants beyond these stay in float."""
 
-    ARITHMETIC: Arithmetic
-    """How this runtime computes them."""
+    PRECISIONS: frozenset[Precision]
+    """What this backend can make."""
 
     ARTIFACT: str
     """Path of the main file in a bundle, with `{precision}`."""
@@ -49,6 +50,10 @@ class Backend(Protocol):
 
     def form(self, operators: frozenset[Operator]) -> Form:
         """How this runtime wants the deploy form written if these operators are in integers."""
+        ...
+
+    def arithmetic(self, operators: frozenset[Operator]) -> Arithmetic:
+        """How this runtime computes if these operators are in integers."""
         ...
 
     def capture(self, deployed: "nn.Module", example: "Tensor") -> Any:

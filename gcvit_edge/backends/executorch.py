@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
@@ -20,15 +21,15 @@ from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import XNNPartitionerConfig
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
     from gcvit_edge.backends import Runner
     from gcvit_edge.model.info import ModelInfo
 
-# XNNPACK has integer kernels for these; ExecuTorch gives it products of two activations, softmax and GELU in float only
-INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "residual"})
-ARITHMETIC = Arithmetic(activations="int8", delicate="dynamic_row", linear_output=True, conv_output=True)
+INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
+PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8"})
 ARTIFACT = "model.{precision}.pte"
 RUNTIME = "executorch.runtime"
 PACKAGES = ("executorch", "torch", "torchao")
@@ -37,6 +38,15 @@ PACKAGES = ("executorch", "torch", "torchao")
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; and changing layouts costs it two copies."""
     return Form(norm="products", attention="bmm", pointwise="conv")
+
+
+def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+    """Scales found when it runs, and float outputs, are as fast as static ones but in MLPs, where GELU becomes a table of integers."""
+    linear = "static" if "attention" in operators else "dynamic_row"  # products of attention want integers
+    return Arithmetic(
+        activations="int8", linear=linear, mlp="static", conv="dynamic_image", delicate="dynamic_row", grouped="dynamic_row",
+        linear_output=True, symmetric_right=True,
+    )  # fmt: skip
 
 
 def capture(deployed: "nn.Module", example: "Tensor") -> "ExportedProgram":
@@ -59,13 +69,27 @@ def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
 
     with fast_lowering():
         config = EdgeCompileConfig(_check_ir_validity=False)  # what is not valid shows below, and when the file is run
-        edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[XnnpackPartitioner()], compile_config=config)
+        partitioner = XnnpackPartitioner(configs=_partitioner_configs())
+        edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[partitioner], compile_config=config)
     calls = Counter(str(n.target) for n in edge.exported_program().graph.nodes if n.op == "call_function")
     delegates, _ = calls.pop("executorch_call_delegate", 0), calls.pop("<built-in function getitem>", 0)
     if calls or delegates != 1:
         raise CheckFailed(f"XNNPACK did not take the whole network: {delegates} delegate calls, left outside: {dict(calls)}")
     path.write_bytes(edge.to_executorch().buffer)
     return [path]
+
+
+def _partitioner_configs() -> "list[type[XNNPartitionerConfig]]":
+    """Those of ExecuTorch, and products of two INT8 tensors, for which XNNPACK has a kernel that they do not offer it."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+
+    class IntegerBMMConfig(BMMConfig):
+        def supported_precision_types(self) -> list[ConfigPrecisionType]:
+            return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    return [IntegerBMMConfig if config is BMMConfig else config for config in ALL_PARTITIONER_CONFIGS]
 
 
 def load(path: Path, threads: int) -> "Runner":

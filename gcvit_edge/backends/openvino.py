@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.model.form import Form
 from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantization.arithmetic import Arithmetic
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from gcvit_edge.model.info import ModelInfo
 
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
-ARITHMETIC = Arithmetic(activations="uint8")
+PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16"})
 ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
 PACKAGES = ("openvino", "torch")
@@ -35,6 +36,11 @@ def form(operators: frozenset[RecipeOperator]) -> Form:
     return Form(norm="operator", attention="windows", gains=frozenset())
 
 
+def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+    """Static scales alone; kernels answer in float, with rounding fused where integers follow."""
+    return Arithmetic(activations="uint8")
+
+
 def capture(deployed: "nn.Module", example: "Tensor") -> "Model":
     """Converts with OpenVINO's PyTorch frontend; rounding to integers becomes FakeQuantize, which OpenVINO turns into INT8 kernels."""
     import openvino
@@ -42,7 +48,8 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "Model":
     from openvino.frontend.pytorch import ConversionExtension
 
     translations = {
-        "quantize_per_tensor": _fake_quantize, "dequantize_per_tensor": _dequantize, "dequantize_per_channel": _dequantize
+        "quantize_per_tensor": _fake_quantize, "dequantize_per_tensor": _dequantize, "dequantize_per_channel": _dequantize,
+        "dequantize_per_channel_group": _dequantize_groups,
     }  # fmt: skip
     graph = openvino.convert_model(
         torch.export.export(deployed, (example,)),
@@ -75,6 +82,21 @@ def _dequantize(context: "NodeContext") -> "list[Output]":
     return ops.multiply(ops.convert(x, "f32"), ops.constant(scale.reshape(shape))).outputs()
 
 
+def _dequantize_groups(context: "NodeContext") -> "list[Output]":
+    """INT4 weights with one scale a group of input channels, as OpenVINO's compressed weights are written."""
+    import openvino
+    from openvino import opset15 as ops
+
+    values = context.get_input(0).get_node().data  # INT8 is not among what get_values_from_const_input gives
+    scale = np.asarray(context.get_values_from_const_input(1), np.float32)
+    groups = values.reshape(*scale.shape, -1)
+    pairs = groups.astype(np.uint8).reshape(-1, 2) & 15
+    packed = openvino.Tensor(openvino.Type.i4, openvino.Shape(groups.shape))  # of its own memory: an array's would be shared, and freed
+    packed.data.reshape(-1)[:] = (pairs[:, 0] | pairs[:, 1] << 4).view(packed.data.dtype)
+    weight = ops.multiply(ops.convert(openvino.op.Constant(packed), "f32"), ops.constant(scale[..., None]))
+    return ops.reshape(weight, ops.constant(np.array(values.shape)), False).outputs()
+
+
 def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
     """Writes .xml and .bin, with labels and preprocessing as `model_info` (OpenVINO Model API)."""
     import openvino
@@ -94,6 +116,8 @@ def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
     }
     for key, value in model_info.items():
         graph.set_rt_info(value, ["model_info", key])
+    # else the CPU plugin rounds activations of linears with INT4 weights, where it sees fit
+    graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(graph, path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]

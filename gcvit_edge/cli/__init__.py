@@ -29,7 +29,7 @@ exit codes:
   3  made and checked, but an accuracy limit of the recipe is broken
   4  a check failed: a changed bundle, a broken baseline, a device that fails
   5  an artifact gives other logits than its golden ones
-  130  interrupted; nothing was written (train: the run so far, for --resume)
+  130  interrupted; nothing was written (train, int8_qat: the run so far, for --resume)
 """
 
 

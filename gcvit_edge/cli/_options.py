@@ -1,7 +1,8 @@
 """Options that several verbs share."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -101,6 +102,17 @@ def skipped_lines(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     return [f"skipped {len(names)} images that do not decode: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"]
+
+
+@contextmanager
+def resumable(state: Path | None) -> Iterator[None]:
+    """Says, when what is done inside is interrupted, where the run is saved, if it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = state is not None and state.exists()
+        done = f"the run is saved in {state}: continue it with --resume" if saved else "nothing was written"
+        raise KeyboardInterrupt(f"interrupted; {done}") from None
 
 
 def report_error(report: "Report") -> "CheckFailed | None":

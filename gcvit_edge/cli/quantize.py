@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_model_options, add_output_options, model_options, skipped_lines
+from gcvit_edge.cli._options import add_model_options, add_output_options, model_options, resumable, skipped_lines
 from gcvit_edge.errors import LimitBroken
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
   gcvit-edge quantize --recipe int8_ptq
   gcvit-edge quantize --recipe int8_ptq --weights flowers.safetensors --calib train/ --eval val/ -o flowers-int8
   gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ...    layers stay float where the limit needs it
+
+With --recipe int8_qat it fine-tunes in INT8 before; an interrupted run goes on, bit for bit, with the same command and --resume.
+
+  gcvit-edge quantize --recipe int8_qat --weights flowers.safetensors --calib train/ --train train/ --eval val/ -o flowers-int8
+  accelerate launch --num_processes 8 -m gcvit_edge quantize --recipe int8_qat ...   several GPUs or machines
 """
 
 
@@ -28,29 +33,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the accuracy; other images than --calib")
+    tuning = parser.add_argument_group("fine-tuning, of recipes with a section `qat`")
+    tuning.add_argument("--train", type=Path, metavar="DIR", help="to fine-tune on: a folder or .zip as above; other images than --eval")
+    tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    tuning.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
     add_output_options(parser)
     parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
 
 
-def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
+def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     from gcvit_edge.cli import Result
     from gcvit_edge.pipeline import run_job
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.search import search_lines
-    from gcvit_edge.report.table import results_table, seconds_table
+    from gcvit_edge.report.table import epochs_table, results_table, seconds_table
 
     job = plan(
-        arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, backends=arguments.backends,
-        output=arguments.output, threads=arguments.threads, force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
-        max_drop=arguments.max_drop,
+        arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
+        backends=arguments.backends, output=arguments.output, threads=arguments.threads, device=arguments.device, resume=arguments.resume,
+        force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip, max_drop=arguments.max_drop,
     )  # fmt: skip
+    main = job.tuning is None or job.tuning.accelerator.is_main_process
+    if arguments.dry_run and not main:
+        return None
     if arguments.dry_run:
         described = describe_plan(job)
         return Result(described, [f"{key}: {value}" for key, value in described.items()] + ["dry run: nothing was written"])
-    bundle = run_job(job, Steps(errors))
+    with resumable(job.tuning.state if job.tuning else None):
+        bundle = run_job(job, Steps(errors if main else None))
+    if bundle is None:
+        return None
     report = bundle.report
     broken = [entry["backend"] for entry in report["artifacts"] if not entry["within_limits"]]
     error = None
@@ -60,6 +75,8 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             f"{', '.join(broken)}: top-1 drop over {limits.max_drop} points or agreement below {limits.min_agreement:.1%}, the limits of "
             f"{job.recipe.name}; the bundle {job.output} is there to look at, but should not ship"
         )
+    training = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     skipped = skipped_lines(report["skipped_images"])
-    shown = [results_table(report), *search_lines(report), seconds_table(report["seconds"]), *skipped, f"bundle: {job.output}"]
+    tables = [*training, results_table(report), *search_lines(report), seconds_table(report["seconds"])]
+    shown = [*tables, *skipped, f"bundle: {job.output}"]
     return Result(report, shown, error)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import skipped_lines
+from gcvit_edge.cli._options import resumable, skipped_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,11 +84,8 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         force=arguments.force,
     )
     main = job.accelerator.is_main_process
-    try:
+    with resumable(job.state):
         report = run_training(job, Steps(errors if main else None))
-    except KeyboardInterrupt:
-        saved = f"the run is saved in {job.state}: continue it with --resume" if job.state.exists() else "nothing was written"
-        raise KeyboardInterrupt(f"interrupted; {saved}") from None
     if not main:
         return None
     return Result(report, [epochs_table(report["epochs"]), *skipped_lines(report["skipped_images"]), f"checkpoint: {job.output}"])

@@ -215,6 +215,7 @@ class Attention(_Written):
         self.windows = windows
         self.position_bias = Constant(position_bias[None])
         self.query, self.key, self.softmax, self.value = Point(), Point(), Point(), Point()
+        self.scores, self.attended = Point(), Point()  # what the products answer
 
     def write(self, form: Form) -> None:
         super().write(form)
@@ -229,7 +230,7 @@ class Attention(_Written):
         else:
             q = self._every_window(query) if self.q is None else self.q(x)
             values = (self._attend_whole if self.form.attention == "operator" else self._attend_window)(q, self.k(x), self.v(x))
-        return self.proj(values.reshape(x.shape))
+        return self.proj(self._moved(values.reshape(x.shape), self.attended))
 
     def _every_window(self, query: Tensor) -> Tensor:
         """(B, N, C) -> (B * windows * N, C)."""
@@ -241,33 +242,41 @@ class Attention(_Written):
         return torch.onnx.ops.attention(q, k, v, self.position_bias(), q_num_heads=self.heads, kv_num_heads=self.heads, scale=1.0)[0]
 
     def _attend_window(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        query, key = self.query(self._heads(q, self.tokens)), self.key(self._heads(k, self.tokens, transpose=True))
-        scores = self._product(query, key) + self.position_bias()
-        values = self._product(self.softmax(scores.softmax(-1)), self.value(self._heads(v, self.tokens)))
-        return values.permute(0, 2, 1, 3)
+        query, key = self._heads(q, self.tokens, self.query), self._heads(k, self.tokens, self.key, transpose=True)
+        scores = self._product(query, key, self.query, self.key, self.scores) + self.position_bias()
+        weights, value = self.softmax(scores.softmax(-1)), self._heads(v, self.tokens, self.value)
+        return self._moved(self._product(weights, value, self.softmax, self.value, self.attended).permute(0, 2, 1, 3), self.attended)
 
     def _attend_image(self, x: Tensor, query: Tensor) -> Tensor:
         image, images = self.windows * self.tokens, query.shape[0]
-        query = self._heads(query.reshape(-1, x.shape[1]), self.tokens)
-        scores = self._product(self.query(query), self.key(self._heads(self.k(x), image, transpose=True)))  # (B, heads, N, windows * N)
+        query = self._heads(query.reshape(-1, x.shape[1]), self.tokens, self.query)
+        key = self._heads(self.k(x), image, self.key, transpose=True)
+        scores = self._product(query, key, self.query, self.key, self.scores)  # (B, heads, N, windows * N)
         scores = scores.reshape(-1, self.tokens, self.windows, self.tokens).permute(0, 2, 1, 3)
         bias = self.position_bias()
         if images > 1:
             bias = bias.repeat(images, 1, 1, 1)
-        values = self._heads(self.v(x), image).reshape(-1, self.windows, self.tokens, x.shape[1] // self.heads)
-        values = self._product(self.softmax((scores + bias).softmax(-1)), self.value(values))  # (B * heads, windows, N, head width)
-        return values.reshape(images, self.heads, image, -1).permute(0, 2, 1, 3)
+        value = self._heads(self.v(x), image, self.value).reshape(-1, self.windows, self.tokens, x.shape[1] // self.heads)
+        weights = self.softmax((scores + bias).softmax(-1))
+        values = self._product(weights, value, self.softmax, self.value, self.attended)  # (B * heads, windows, N, head width)
+        values = self._moved(values.reshape(images, self.heads, image, -1), self.attended)
+        return self._moved(values.permute(0, 2, 1, 3), self.attended)
 
-    def _heads(self, x: Tensor, tokens: int, transpose: bool = False) -> Tensor:
+    def _heads(self, x: Tensor, tokens: int, point: Point, transpose: bool = False) -> Tensor:
         """(groups * tokens, C) -> (groups, heads, tokens, head width), or with the last two axes exchanged."""
-        x = x.reshape(-1, tokens, self.heads, x.shape[1] // self.heads)
-        return x.permute(0, 2, 3, 1) if transpose else x.permute(0, 2, 1, 3)
+        x = self._moved(x.reshape(-1, tokens, self.heads, x.shape[1] // self.heads), point)
+        return point(x.permute(0, 2, 3, 1) if transpose else x.permute(0, 2, 1, 3))
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+    def _product(self, a: Tensor, b: Tensor, left: Point, right: Point, result: Point) -> Tensor:
+        """The product of what was rounded at `left` and `right`."""
         if self.form.attention == "windows":
-            return a @ b
-        flat = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
-        return flat.view(*a.shape[:2], *flat.shape[1:])
+            return result(a @ b)
+        flat = result(torch.bmm(left(a.reshape(-1, *a.shape[2:])), right(b.reshape(-1, *b.shape[2:]))))
+        return self._moved(flat.view(*a.shape[:2], *flat.shape[1:]), result)
+
+    def _moved(self, x: Tensor, point: Point) -> Tensor:
+        """Once more rounded at a point, which changes nothing: XNNPACK moves integers only between two roundings."""
+        return point(x) if self.form.attention == "bmm" else x
 
 
 class Block(_Written):

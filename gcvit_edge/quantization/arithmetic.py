@@ -6,22 +6,30 @@ from typing import Literal
 Signedness = Literal["int8", "uint8"]
 Scales = Literal["static", "dynamic", "dynamic_row", "weights"]
 """Of a linear's input: fixed; found when it runs, one for the tensor, or one a row; or none: float with INT8 weights."""
-ConvScales = Literal["static", "dynamic", "dynamic_image"]
-"""Of a convolution's input, likewise."""
+ConvScales = Literal["static", "dynamic_image"]
+"""Of a convolution's input: fixed, or one an image."""
+
+GroupedScales = Literal["weights", "dynamic_row", "dynamic_block"]
+"""Of the input of a linear with INT4 weights: none, one a row, or one for each 32 channels of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
     """How a runtime computes in integers, where it is fastest.
 
-    activations: integer type of static activations. linear, conv: scales of a linear's or a convolution's input. delicate: the same
-    for the few linears whose rounding costs much accuracy and whose work is nothing: the head, and the gates of Fused-MBConvs.
-    linear_output, conv_output: whether kernels with static scales answer in integers too.
+    activations: integer type of static activations. linear, mlp, conv: scales of the input of a linear, of one of an MLP, of a
+    convolution. delicate: the same for the few linears whose rounding costs much accuracy and whose work is nothing: the head, and the
+    gates of Fused-MBConvs. grouped: the same for linears whose weights are INT4 in groups, where activations are integers at all.
+    linear_output, conv_output: whether kernels with static scales answer in integers too. symmetric_right: whether the right factor of
+    a product of two activations needs a zero point of 0.
     """
 
     activations: Signedness
     linear: Scales = "static"
+    mlp: Scales = "static"
     conv: ConvScales = "static"
     delicate: Scales = "weights"
+    grouped: GroupedScales = "weights"
     linear_output: bool = False
     conv_output: bool = False
+    symmetric_right: bool = False

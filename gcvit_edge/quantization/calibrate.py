@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from gcvit_edge.model.deploy import deploy
+from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
+from gcvit_edge.quantization.rounding import correct_biases, reconstruct
+from gcvit_edge.quantization.scheme import in_four_bits
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
@@ -26,4 +29,12 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
     network = deploy(model)
     if recipe.smoothing:
         smooth(network, images())
+
+    def small(name: str, channels: int) -> bool:
+        return in_four_bits(name, channels, recipe.precision)
+
+    if recipe.rounding == "adaptive":
+        reconstruct(network, images, lambda name: small(name, network.get_submodule(name).in_features))  # type: ignore[arg-type]
+    if recipe.bias_correction:
+        correct_biases(network, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
     return Calibrated(network, observe(network, images, recipe.calibration.ranges))

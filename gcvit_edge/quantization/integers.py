@@ -33,6 +33,12 @@ class Affine:
         scale = max((high - low) / (largest - smallest), 1e-12)
         return Affine(scale, min(max(round(smallest - low / scale), smallest), largest), dtype)
 
+    @staticmethod
+    def symmetric(low: float, high: float, dtype: Signedness) -> "Affine":
+        """The finest scale that covers [low, high] with a zero point in the middle of the integers."""
+        scale = max(-low, high, 1e-12) / 127
+        return Affine(scale, 0 if dtype == "int8" else 128, dtype)
+
     def round_trip(self, x: Tensor) -> Tensor:
         """x rounded to the integers and back: what an integer kernel sees of it."""
         arguments = (self.scale, self.zero_point, *_LIMITS[self.dtype])
@@ -56,6 +62,55 @@ class IntegerWeight(nn.Module):
 
     def forward(self) -> Tensor:
         return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, -127, 127, torch.int8)
+
+
+class GroupedWeight(nn.Module):
+    """A weight (out, in) of a linear as INT4 with one scale for 32 input channels, symmetric; forward() is the weight in float.
+
+    values: (out, in) int8 within -8..7. scale: (out, in / 32), bfloat16 values, as XNNPACK's `qb4w` kernels want them. The scale of a
+    group is the one of least squared error among those that make its largest magnitude 4 to 8; so a weight that lies on such a grid
+    already stays as it is.
+
+    Raises:
+        ValueError: the number of input channels is no multiple of 32.
+    """
+
+    GROUP = 32
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        if weight.shape[1] % self.GROUP:
+            raise ValueError(f"INT4 weights need a multiple of {self.GROUP} input channels, got {weight.shape[1]}")
+        groups = weight.reshape(-1, self.GROUP)
+        highest = groups.abs().amax(1, keepdim=True).clamp_min(1e-8)
+        scales = torch.stack([(highest / level).bfloat16().float() for level in (8, 7.5, 7, 6.5, 6, 5.5, 5, 4)])
+        errors = (torch.clamp(torch.round(groups / scales), -8, 7) * scales - groups).square().sum(-1, keepdim=True)
+        scale = scales.gather(0, errors.argmin(0, keepdim=True))[0]
+        values = torch.clamp(torch.round(groups / scale), -8, 7)
+        self.register_buffer("values", values.to(torch.int8).reshape(weight.shape))
+        self.register_buffer("scale", scale.reshape(len(weight), -1))
+        self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int32))
+
+    def forward(self) -> Tensor:
+        limits = (-8, 7, torch.int8, self.GROUP, torch.float32)
+        return _operators.dequantize_per_channel_group.default(self.values, self.scale, self.zero_point, *limits)
+
+
+class HalfWeight(nn.Module):
+    """A weight or constant in float16; forward() is it in float32."""
+
+    values: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", weight.detach().half())
+
+    def forward(self) -> Tensor:
+        return self.values.float()
 
 
 class IntegerConstant(nn.Module):

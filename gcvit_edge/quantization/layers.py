@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Point
-from gcvit_edge.quantization.integers import Affine, IntegerWeight
+from gcvit_edge.quantization.integers import Affine, GroupedWeight, IntegerWeight
 
 _operators = torch.ops.quantized_decomposed
 
@@ -39,23 +39,25 @@ class StaticLayer(nn.Module):
         return y if self.output is None else self.output.round_trip(y)
 
 
-class WeightLinear(nn.Module):
-    """A linear with an INT8 weight that computes in float."""
+class WeightLayer(nn.Module):
+    """A linear or convolution that computes in float, with a weight that is stored in another way; `weight()` is it in float."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias = IntegerWeight(layer.weight), layer.bias
+        self.weight, self.bias = weight, layer.bias
+        self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(), self.bias)
+        weight = self.weight()
+        return F.linear(x, weight, self.bias) if self.convolution is None else F.conv2d(x, weight, self.bias, *self.convolution)  # type: ignore[arg-type]
 
 
 class DynamicRowLinear(nn.Module):
     """A linear whose input rows are each rounded with a scale found when it runs, as XNNPACK's `qd8` kernels do."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, weight: nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias = IntegerWeight(layer.weight), layer.bias
+        self.weight, self.bias = weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = _operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
@@ -102,24 +104,41 @@ class DynamicLinear(nn.Module):
         return dynamic_linear(x, self.weight, self.scale, self.bias)
 
 
-class DynamicConv(nn.Module):
-    """A convolution without bias whose input is rounded with one scale found when it runs, as ONNX's DynamicQuantizeLinear does.
+class GroupedLinear(nn.Module):
+    """A linear with INT4 weights in groups, as ONNX Runtime's MatMulNBits has it.
 
-    weight: (out, in, height, width) INT8. scale: (out,).
+    rounded: whether activations are rounded to INT8 with a scale for each 32 channels of a row, found when it runs.
     """
 
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Linear, rounded: bool) -> None:
         super().__init__()
-        integers = IntegerWeight(conv.weight)
-        self.register_buffer("weight", integers.values)
-        self.register_buffer("scale", integers.scale)
-        self.stride, self.padding = list(conv.stride), list(conv.padding)
+        weight = GroupedWeight(layer.weight)
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+        self.bias, self.rounded = layer.bias, rounded
 
     def forward(self, x: Tensor) -> Tensor:
-        return dynamic_conv(x, self.weight, self.scale, self.stride, self.padding)
+        y = grouped_linear(x, self.values, self.scale, self.rounded)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.library.custom_op("gcvit_edge::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, values: Tensor, scale: Tensor, rounded: bool) -> Tensor:
+    """x (rows, in) times the INT4 weight (out, in) with `scale` (out, in / 32).
+
+    Source: ONNX Runtime's contributed operator MatMulNBits; its accuracy_level 4 rounds activations.
+    """
+    if rounded:
+        groups = x.reshape(len(x), -1, GroupedWeight.GROUP)
+        step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        x = (torch.round(groups / step) * step).reshape(x.shape)
+    weight = values.to(x.dtype).reshape(*scale.shape, -1) * scale[..., None]
+    return x @ weight.reshape(values.shape).T
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, values: Tensor, scale: Tensor, rounded: bool) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.custom_op("gcvit_edge::dynamic_linear", mutates_args=())
@@ -128,7 +147,10 @@ def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
     Source: ONNX operator DynamicQuantizeLinear-11. One operator, because no exporter knows the parts of it.
     """
-    integers, step = _rounded(x)
+    low, high = torch.clamp(x.amin(), max=0), torch.clamp(x.amax(), min=0)
+    step = (high - low).clamp_min(1e-12) / 255
+    zero_point = torch.round(-low / step).clamp(0, 255)
+    integers = torch.clamp(torch.round(x / step) + zero_point, 0, 255) - zero_point
     y = (integers @ weight.to(x.dtype)) * (step * scale)
     return y if bias is None else y + bias
 
@@ -136,26 +158,3 @@ def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 @dynamic_linear.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("gcvit_edge::dynamic_conv", mutates_args=())
-def dynamic_conv(x: Tensor, weight: Tensor, scale: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    """DynamicQuantizeLinear of `x` (B, in, H, W) to UINT8, ConvInteger with `weight` (out, in, height, width) INT8, back to float.
-
-    Source: ONNX operators DynamicQuantizeLinear-11, ConvInteger-10.
-    """
-    integers, step = _rounded(x)
-    return F.conv2d(integers, weight.to(x.dtype), None, stride, padding) * (step * scale)[:, None, None]
-
-
-@dynamic_conv.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, stride: list[int], padding: list[int]) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), None, stride, padding)
-
-
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers of x about their zero point, and their scale, as DynamicQuantizeLinear finds them."""
-    low, high = torch.clamp(x.amin(), max=0), torch.clamp(x.amax(), min=0)
-    step = (high - low).clamp_min(1e-12) / 255
-    zero_point = torch.round(-low / step).clamp(0, 255)
-    return torch.clamp(torch.round(x / step) + zero_point, 0, 255) - zero_point, step

@@ -12,8 +12,7 @@ The last three work on a histogram of 2,048 bins, which takes a second pass over
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Point
+from gcvit_edge.quantization.watch import watching
 from gcvit_edge.recipe import RangeMethod
 
 Ranges = dict[str, tuple[float, float]]
@@ -58,26 +58,19 @@ def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax")
     return {place: choose(histogram, *ranges[place]) for place, histogram in _histograms(deployed, images, ranges).items()}
 
 
-@contextmanager
-def watched(deployed: nn.Module, note: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watched(deployed: nn.Module, note: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
     """Inside, `note(place, activations)` is called for every place whenever the network runs."""
 
-    def watch(name: str, module: nn.Module) -> list[Any]:
-        if isinstance(module, Point):
-            return [module.register_forward_hook(lambda _, inputs, output: note(name, output))]
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            return [
-                module.register_forward_pre_hook(lambda _, inputs: note(f"{name}.input", inputs[0])),
-                module.register_forward_hook(lambda _, inputs, output: note(f"{name}.output", output)),
-            ]
-        return []
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        if name in points:
+            note(name, y)
+        else:
+            note(f"{name}.input", x)
+            note(f"{name}.output", y)
 
-    handles = [handle for name, module in deployed.named_modules() for handle in watch(name, module)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {name: each for name, each in deployed.named_modules() if isinstance(each, Point | nn.Linear | nn.Conv2d)}
+    points = {name for name, each in modules.items() if isinstance(each, Point)}
+    return watching(modules, see)
 
 
 def _histograms(deployed: nn.Module, images: Images, ranges: Ranges) -> dict[str, Histogram]:

@@ -1,4 +1,4 @@
-"""What a recipe's operators mean for each layer, in the arithmetic of a runtime."""
+"""What a recipe's precision and operators mean for each layer, in the arithmetic of a runtime."""
 
 import copy
 from collections.abc import Collection
@@ -6,56 +6,93 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.model.deploy import Constant, Point, Residual
-from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
-from gcvit_edge.quantization.integers import Affine, IntegerConstant
+from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
-    DynamicConv,
     DynamicImageConv,
     DynamicLinear,
     DynamicRowLinear,
+    GroupedLinear,
     RoundedPoint,
     StaticLayer,
-    WeightLinear,
+    WeightLayer,
 )
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.recipe import Operator
 
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
-_FLOAT_INPUT: dict[Scales, type[nn.Module]] = {"dynamic": DynamicLinear, "dynamic_row": DynamicRowLinear, "weights": WeightLinear}
+_MLP = ("fc1", "fc2")
+_RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attention.value")  # right factors of products
+_ANSWERS = ("scores", "attended")  # of products of attention: float where kernels answer in float
+
+
+def in_four_bits(name: str, channels: int, precision: Precision) -> bool:
+    """Whether a linear of this name with so many input channels has INT4 weights."""
+    return precision in ("w4a8", "int4") and not name.endswith(_DELICATE) and channels % GroupedWeight.GROUP == 0
 
 
 @torch.no_grad()
 def quantize(
-    deployed: nn.Module, operators: frozenset[Operator], arithmetic: Arithmetic, ranges: Ranges, keep: Collection[str] = ()
+    deployed: nn.Module,
+    operators: frozenset[Operator],
+    arithmetic: Arithmetic,
+    ranges: Ranges,
+    precision: Precision = "int8",
+    keep: Collection[str] = (),
 ) -> nn.Module:
-    """A copy of a deploy form with the layers of `operators` in integers, but for those named in `keep`. Constants are always stored as
-    INT8: the position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
+    """A copy of a deploy form with the layers of `operators` in `precision`, but for those named in `keep`. Constants are stored like
+    weights, in 8 bits at least: the position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
     quantized = copy.deepcopy(deployed)
 
     def affine(place: str) -> Affine:
-        return Affine.of_range(*ranges[place], arithmetic.activations)
+        symmetric = arithmetic.symmetric_right and "attention" in operators and place.endswith(_RIGHT)
+        return (Affine.symmetric if symmetric else Affine.of_range)(*ranges[place], arithmetic.activations)
 
-    def integer(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
+    def linear(name: str, layer: nn.Linear) -> nn.Module:
+        delicate = name.endswith(_DELICATE)
+        if in_four_bits(name, layer.in_features, precision):
+            if arithmetic.grouped == "dynamic_block":
+                return GroupedLinear(layer, rounded=precision == "w4a8")
+            weight = GroupedWeight(layer.weight)
+            return DynamicRowLinear(layer, weight) if arithmetic.grouped == "dynamic_row" else WeightLayer(layer, weight)
+        scales = arithmetic.delicate if delicate else arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
+        if precision == "int4" or scales == "weights":
+            return WeightLayer(layer, IntegerWeight(layer.weight))
+        if scales == "dynamic":
+            return DynamicLinear(layer)
+        if scales == "dynamic_row":
+            return DynamicRowLinear(layer, IntegerWeight(layer.weight))
+        return StaticLayer(layer, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
+
+    def conv(name: str, layer: nn.Conv2d) -> nn.Module:
+        if precision == "int4":
+            return WeightLayer(layer, IntegerWeight(layer.weight))
+        if arithmetic.conv == "dynamic_image":
+            return DynamicImageConv(layer)
+        return StaticLayer(layer, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.conv_output else None)
+
+    def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
+        if precision == "fp16" and isinstance(module, nn.Linear | nn.Conv2d):
+            return WeightLayer(module, HalfWeight(module.weight))
+        if isinstance(module, Constant):
+            return HalfWeight(module.value) if precision == "fp16" else IntegerConstant(module.value)
         if isinstance(module, nn.Linear) and "linear" in operators:
-            scales = arithmetic.delicate if name.endswith(_DELICATE) else arithmetic.linear
-            if scales != "static":
-                return _FLOAT_INPUT[scales](module)
-            return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
+            return linear(name, module)
         if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):
-            if arithmetic.conv != "static":
-                return DynamicImageConv(module) if arithmetic.conv == "dynamic_image" else DynamicConv(module)
-            return StaticLayer(module, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.conv_output else None)
+            return conv(name, module)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
-            return RoundedPoint(affine(name))
-        return IntegerConstant(module.value) if isinstance(module, Constant) else module
+            answered = name.endswith(_ANSWERS) and not arithmetic.linear_output
+            return module if answered else RoundedPoint(affine(name))
+        return module
 
     for name, module in list(quantized.named_modules()):
         parent_name, _, child = name.rpartition(".")
         if child and name not in keep:
             parent = quantized.get_submodule(parent_name)
-            setattr(parent, child, integer(name, module, parent))
+            setattr(parent, child, treated(name, module, parent))
     return quantized
 
 

@@ -20,7 +20,6 @@ need no search, since rows of weights have scales of their own, so that nothing 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Attention, Block, Downsample, Gain, MBConv, RMSNorm
 from gcvit_edge.quantization.integers import Affine, IntegerWeight
+from gcvit_edge.quantization.watch import watching
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 ROWS = 2048  # of activations that a strength is judged by
@@ -109,27 +109,22 @@ def smooth(deployed: nn.Module, images: Iterable[NDArray[np.float32]], strengths
 
 def _centre(deployed: nn.Module, images: Sequence[NDArray[np.float32]]) -> None:
     """Moves the range of every channel of k and v to the middle."""
-    layers = {name: each for name, each in deployed.named_modules() if name.endswith(("attention.k", "attention.v"))}
     ends: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def widen(name: str, y: Tensor) -> None:
+    def widen(name: str, x: Tensor, y: Tensor) -> None:
         low, high = y.aminmax(dim=0)
         before = ends.get(name, (low, high))
         ends[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
 
-    handles = [layer.register_forward_hook(lambda _, x, y, name=name: widen(name, y)) for name, layer in layers.items()]
-    try:
+    with watching({name: each for name, each in deployed.named_modules() if name.endswith(("attention.k", "attention.v"))}, widen):
         for image in images:
             deployed(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, module in deployed.named_modules():
         if isinstance(module, Attention):
-            module.k.bias -= sum(ends[f"{name}.k"]) / 2
+            module.k.bias.sub_(sum(ends[f"{name}.k"]) / 2)
             middle = sum(ends[f"{name}.v"]) / 2
-            module.v.bias -= middle
-            module.proj.bias += module.proj.weight @ middle
+            module.v.bias.sub_(middle)
+            module.proj.bias.add_(module.proj.weight @ middle)
 
 
 def _scale(highest: Tensor, largest: Tensor, strength: float) -> Tensor:
@@ -168,20 +163,15 @@ def _observed(deployed: nn.Module, readers: Sequence[tuple[str, nn.Module]], ima
         seen = x.abs().amax(0)
         maxima[name] = torch.maximum(maxima.get(name, seen), seen)
 
-    def read(name: str, x: Tensor) -> None:
+    def read(name: str, x: Tensor, y: Tensor) -> None:
         x = _rows(x)
         widen(inputs, name, x)
         rows[name].append(x[torch.randperm(len(x), generator=generator)[: ROWS // _IMAGES]])
 
-    layers = [(name, module) for name, module in deployed.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    handles: list[Any] = [layer.register_forward_hook(lambda _, x, y, name=name: widen(highest, name, _rows(y))) for name, layer in layers]
-    handles += [reader.register_forward_hook(lambda _, x, y, name=name: read(name, x[0])) for name, reader in readers]
-    try:
+    layers = {name: module for name, module in deployed.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    with watching(dict(readers), read), watching(layers, lambda name, x, y: widen(highest, name, _rows(y))):
         for image in images:
             deployed(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()
     return _Seen({name: torch.cat(parts) for name, parts in rows.items()}, inputs, highest)
 
 

@@ -59,7 +59,7 @@ def epochs_table(epochs: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for number, epoch in enumerate(epochs, 1):
         evaluation = "" if epoch["evaluation"] is None else f"{epoch['evaluation']:.2%}"
-        table.add_row(str(number), f"{epoch['loss']:.3f}", f"{epoch['accuracy']:.1%}", evaluation, f"{epoch['seconds']:.1f}")
+        table.add_row(str(number), f"{epoch['loss']:.4g}", f"{epoch['accuracy']:.1%}", evaluation, f"{epoch['seconds']:.1f}")
     return table
 
 

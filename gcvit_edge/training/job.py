@@ -23,6 +23,7 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.training.images import LabelledImages
 from gcvit_edge.training.loop import fit, make_accelerator
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
+from gcvit_edge.training.state import check_state, state_beside
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,7 +79,7 @@ def plan_training(
     """
     settings = settings or TrainSettings()  # type: ignore[call-arg]
     output = Path(output)
-    state = output.with_name(output.name + ".run")
+    state = state_beside(output)
     _check_output(output, state, resume, force)
     if settings.distillation is not None:
         raise UserError("the settings have a section `distillation`, but training of a float model has no teacher; remove it")
@@ -131,9 +132,9 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
     main = job.accelerator.is_main_process
     if main and not job.resume:
         job.state.unlink(missing_ok=True)
-    data, skipped = _readable(job.data, "check training images", job.accelerator, steps)
+    data, skipped = readable(job.data, "check training images", job.accelerator, steps)
     evaluation, skipped_too = (
-        (None, []) if job.evaluation is None else _readable(job.evaluation, "check evaluation images", job.accelerator, steps)
+        (None, []) if job.evaluation is None else readable(job.evaluation, "check evaluation images", job.accelerator, steps)
     )
     trained, history = fit(
         job.model, data, job.settings, job.accelerator, state=job.state, resume=job.resume, evaluation=evaluation, steps=steps
@@ -150,7 +151,7 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
         "skipped_images": [*skipped, *skipped_too],
         "settings": job.settings.model_dump(mode="json"),
         "processes": job.accelerator.num_processes,
-        "device": cpu_name() if job.accelerator.device.type == "cpu" else torch.cuda.get_device_name(),
+        "device": device_name(job.accelerator),
         "system": platform.platform(),
         "epochs": [asdict(epoch) for epoch in history],
     }
@@ -184,12 +185,9 @@ def _check_output(output: Path, state: Path, resume: bool, force: bool) -> None:
         raise UserError(f"--output must end in .safetensors, got {output.name}")
     if not output.parent.is_dir():
         raise UserError(f"the folder {output.parent} of --output does not exist; make it first")
-    if resume and not state.is_file():
-        raise UserError(f"nothing to resume: {state} does not exist; start without --resume")
     if not force and output.exists():
         raise UserError(f"{output} exists; give --force to replace it, or another --output")
-    if not force and not resume and state.exists():
-        raise UserError(f"{state} is an interrupted run; give --resume to continue it, or --force to start again")
+    check_state(state, resume, force)
 
 
 def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images: ImageFolder) -> Labels:
@@ -236,8 +234,12 @@ def _with_classes(checkpoint: Checkpoint, fresh: GCViT, labels: Labels) -> Check
     return replace(checkpoint, state=body | head, config=replace(checkpoint.config, num_classes=len(labels.names)))
 
 
-def _readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps: Steps) -> tuple[LabelledImages, list[str]]:
-    """The images that decode, and the names of the others; looked at by the main process alone."""
+def readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps: Steps) -> tuple[LabelledImages, list[str]]:
+    """The images that decode, and the names of the others; looked at by the main process alone.
+
+    Raises:
+        UserError: more than 5 % of them do not decode.
+    """
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None]
@@ -249,6 +251,11 @@ def _readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps
     skipped = [files[position] for position in sorted(set(range(len(files))) - set(kept.tolist()))]
     images = ImageFolder(data.images.root, _pick(files, kept), _pick(classes, kept))
     return LabelledImages(images, data.classes[kept], data.preprocessing), skipped
+
+
+def device_name(accelerator: "Accelerator") -> str:
+    """What a process of the run computes on."""
+    return cpu_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
 
 
 def _pick(values: tuple[str, ...], positions: Iterable[np.int64]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ def fit(
         schedule=LambdaLR(optimizer, partial(learning_rate_factor, steps=settings.epochs * per_epoch, warmup=settings.warmup)),
         totals=torch.zeros(3, dtype=torch.float64, device=device),
         file=state,
-        identity=data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model)},
+        identity=data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model)} | _teacher_identity(teacher),
     )
     if resume:
         run.load()
@@ -203,7 +204,7 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
         bar()
         if step % _REPORT_STEPS == 0:
             loss, right = _means(run.totals)
-            bar.note(f"loss {loss:.3f}, accuracy {right:.1%}")
+            bar.note(f"loss {loss:.4g}, accuracy {right:.1%}")
         if perf_counter() - run.saved > SAVE_SECONDS and step + 1 < steps.stop:
             run.save()
 
@@ -245,6 +246,16 @@ def _count(model: nn.Module) -> dict[str, int]:
     return {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
+def _teacher_identity(teacher: nn.Module | None) -> dict[str, str]:
+    """SHA-256 of its weights: a run goes on with the teacher that it began with."""
+    if teacher is None:
+        return {}
+    digest = sha256()
+    for name, value in sorted(teacher.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return {"teacher": digest.hexdigest()}
+
+
 def _means(totals: Tensor) -> tuple[float, float]:
     """Mean loss and accuracy."""
     _check_finite(totals)
@@ -258,7 +269,7 @@ def _check_finite(totals: Tensor) -> None:
 
 
 def _summary(epoch: Epoch) -> str:
-    text = f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.1%}"
+    text = f"loss {epoch.loss:.4g}, accuracy {epoch.accuracy:.1%}"
     return text if epoch.evaluation is None else f"{text}, evaluation {epoch.evaluation:.2%}"
 
 

@@ -9,6 +9,23 @@ import torch
 from gcvit_edge.errors import UserError
 
 
+def state_beside(output: Path) -> Path:
+    """Where the run that makes `output` is saved."""
+    return output.with_name(output.name + ".run")
+
+
+def check_state(path: Path, resume: bool, force: bool) -> None:
+    """Refuses to resume nothing, and to lose an interrupted run without `force`.
+
+    Raises:
+        UserError: one of these.
+    """
+    if resume and not path.is_file():
+        raise UserError(f"nothing to resume: {path} does not exist; start without --resume")
+    if not force and not resume and path.exists():
+        raise UserError(f"{path} is an interrupted run; give --resume to continue it, or --force to start again")
+
+
 def write_state(path: Path, identity: dict[str, Any], content: dict[str, Any]) -> None:
     """Writes the `content` of a run (tensors and plain values) with the `identity` that `read_state` asks for.
 

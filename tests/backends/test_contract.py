@@ -26,7 +26,7 @@ class Made:
     def __init__(self, name: str, folder: Path) -> None:
         torch.manual_seed(0)
         # two blocks in the first stage: a local and a global one, with several windows
-        self.model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
+        self.model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(2, 2, 4, 8), num_classes=8, img_size=64)
         self.info: ModelInfo = describe_model(self.model)
         self.backend: Backend = load_backend(name)
         self.recipe: Recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
@@ -37,8 +37,8 @@ class Made:
         with torch.no_grad():
             self.expected = np.concatenate([self.model(torch.from_numpy(image)).numpy() for image in IMAGES])
 
-    def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv")) -> Artifact:
-        recipe = self.recipe.model_copy(update={"operators": operators})
+    def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv"), precision: str = "int8") -> Artifact:
+        recipe = self.recipe.model_copy(update={"operators": operators, "precision": precision})
         return lower_quantized(self.float.backend, self.calibrated, self.info, recipe, folder)
 
     def run(self, artifact: Artifact, threads: int = 1) -> np.ndarray:
@@ -104,6 +104,17 @@ def test_recipe_decides_what_is_quantized(made: Made, tmp_path: Path) -> None:
     linear_only = made.quantized(tmp_path, ("linear",))
     assert sqnr_db(made.run(linear_only), made.expected) > sqnr_db(made.run(made.int8), made.expected)
     assert made.int8.size_bytes < linear_only.size_bytes < made.float.size_bytes
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "int4", "fp16"])
+def test_other_precisions(made: Made, precision: str, tmp_path: Path) -> None:
+    if precision not in made.backend.PRECISIONS:
+        pytest.skip(f"{made.int8.backend} cannot make {precision}")
+    artifact = made.quantized(tmp_path, precision=precision)
+    assert artifact.path.name.startswith(f"model.{precision}.")
+    noise = sqnr_db(made.run(artifact), made.expected)
+    assert 50 < noise < 100 if precision == "fp16" else 10 < noise < 60
+    assert artifact.size_bytes < made.float.size_bytes
 
 
 @pytest.mark.parametrize("operator", ["attention", "residual"])

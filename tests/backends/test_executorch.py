@@ -46,7 +46,7 @@ def test_xnnpack_takes_the_float_deploy_form_of_xxt_as_one_delegate_call() -> No
     assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
 
 
-@pytest.mark.parametrize("arithmetic", [None, backend.ARITHMETIC], ids=["float", "int8"])
+@pytest.mark.parametrize("arithmetic", [None, backend.arithmetic(OPERATORS)], ids=["float", "int8"])
 def test_fast_lowering_gives_the_same_file(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
     model = small_model()
     graph = captured(model, arithmetic)
@@ -61,7 +61,7 @@ def test_dynamic_linears_load_and_are_more_exact(tmp_path: Path) -> None:
     model = small_model()
     noise = {}
     for linear in ("static", "dynamic_row"):
-        arithmetic = dataclasses.replace(backend.ARITHMETIC, linear=linear)
+        arithmetic = dataclasses.replace(backend.arithmetic(OPERATORS), linear=linear, mlp=linear)
         backend.save(captured(model, arithmetic), tmp_path / f"{linear}.pte", describe_model(model))
         run = backend.load(tmp_path / f"{linear}.pte", 1)
         with torch.no_grad():
@@ -78,3 +78,17 @@ def test_a_graph_that_xnnpack_does_not_take_whole_is_refused(tmp_path: Path) -> 
     with pytest.raises(CheckFailed, match="did not take the whole network"):
         backend.save(graph, tmp_path / "model.pte", describe_model(small_model()))
     assert not (tmp_path / "model.pte").exists()
+
+
+def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
+    """ExecuTorch's partitioner offers XNNPACK only float ones; that its kernel for INT8 takes ours shows in the runtime's own profile."""
+    model = small_model()
+    operators = frozenset({"linear", "conv", "attention"})
+    deployed = rewrite(deploy(model), backend.form(operators))
+    quantized = quantize(deployed, operators, backend.arithmetic(operators), observe(deployed, lambda: iter(IMAGES)))
+    backend.save(backend.capture(quantized, torch.zeros(1, 3, *model.config.img_size)), tmp_path / "model.pte", describe_model(model))
+    operators_run, calls = backend.profile(tmp_path / "model.pte", 1, IMAGES[0], 2)
+    products = [each for each in operators_run if each.operator.startswith("Batch Matrix Multiply")]
+    assert calls == 1
+    assert len(products) == 2 * 6
+    assert all("QS8" in each.operator and each.integer for each in products)

@@ -1,5 +1,7 @@
 """Which layers are in integers, and that ranges and answers do not depend on how a form is written."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,21 @@ from torch import nn
 
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model
-from gcvit_edge.model.deploy import deploy, rewrite
+from gcvit_edge.model.deploy import MBConv, deploy, rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
-from gcvit_edge.quantization.integers import IntegerConstant
-from gcvit_edge.quantization.layers import DynamicLinear, DynamicRowLinear, RoundedPoint, StaticLayer, dynamic_linear
+from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant
+from gcvit_edge.quantization.layers import (
+    DynamicImageConv,
+    DynamicLinear,
+    DynamicRowLinear,
+    GroupedLinear,
+    RoundedPoint,
+    StaticLayer,
+    WeightLayer,
+    dynamic_linear,
+    grouped_linear,
+)
 from gcvit_edge.quantization.ranges import Ranges, observe
 from gcvit_edge.quantization.scheme import quantize
 
@@ -65,7 +77,10 @@ def test_linears_and_dense_convolutions_are_integer_and_no_others(model: nn.Modu
     quantized = quantize(deployed, frozenset({"linear", "conv"}), STATIC, ranges)
     assert kinds(quantized, nn.Linear) == []
     assert kinds(quantized, nn.Conv2d) == ["conv1", *(name for name in kinds(deployed, nn.Conv2d) if name.endswith("depthwise"))]
-    assert len(kinds(quantized, StaticLayer)) == len(kinds(deployed, nn.Linear)) + 4
+    delicate = [name for name in kinds(deployed, nn.Linear) if name.endswith(("head", "squeeze", "excite"))]
+    assert len(delicate) == 1 + 2 * len(kinds(deployed, MBConv)) > 10
+    assert kinds(quantized, WeightLayer) == delicate
+    assert len(kinds(quantized, StaticLayer)) == len(kinds(deployed, nn.Linear)) - len(delicate) + 4
     assert kinds(quantized, RoundedPoint) == []
     assert len(kinds(quantized, IntegerConstant)) == 6
     assert kinds(deployed, StaticLayer) == []
@@ -79,6 +94,8 @@ def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: R
     points = kinds(quantize(deployed, frozenset({"attention"}), STATIC, ranges), RoundedPoint)
     assert len(points) == 6 * 4
     assert all(".attention." in name for name in points)
+    answers = dataclasses.replace(STATIC, linear_output=True)
+    assert len(kinds(quantize(deployed, frozenset({"attention"}), answers, ranges), RoundedPoint)) == 6 * 6
     points = kinds(quantize(deployed, frozenset({"residual"}), STATIC, ranges), RoundedPoint)
     assert len(points) == 6 * 2 * 3
     assert all(".residual" in name for name in points)
@@ -87,15 +104,15 @@ def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: R
 @pytest.mark.parametrize(
     ("arithmetic", "kind"),
     [
-        (Arithmetic(activations="uint8", linear="dynamic"), DynamicLinear),
-        (Arithmetic(activations="int8", linear="dynamic_row"), DynamicRowLinear),
+        (Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", delicate="dynamic"), DynamicLinear),
+        (Arithmetic(activations="int8", linear="dynamic_row", mlp="dynamic_row", delicate="dynamic_row"), DynamicRowLinear),
     ],
 )
 def test_dynamic_linears_are_more_exact(model: nn.Module, ranges: Ranges, arithmetic: Arithmetic, kind: type) -> None:
     deployed = deploy(model)
     quantized = quantize(deployed, frozenset({"linear"}), arithmetic, ranges)
     assert len(kinds(quantized, kind)) == len(kinds(deployed, nn.Linear))
-    static = quantize(deployed, frozenset({"linear"}), STATIC, ranges)
+    static = quantize(deployed, frozenset({"linear"}), dataclasses.replace(STATIC, delicate="static"), ranges)
     assert sqnr_db(logits(quantized), logits(model)) > sqnr_db(logits(static), logits(model)) > 25
 
 
@@ -108,3 +125,65 @@ def test_dynamic_linear_is_what_onnx_defines() -> None:
     integers = np.clip(np.round(x.numpy() / step) + zero, 0, 255) - zero
     expected = integers @ weight.numpy().astype(np.float64) * step * scale.numpy() + bias.numpy()
     np.testing.assert_allclose(dynamic_linear(x, weight, scale, bias), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_dynamic_convolutions_round_image_by_image(model: nn.Module, ranges: Ranges) -> None:
+    arithmetic = Arithmetic(activations="int8", conv="dynamic_image")
+    quantized = quantize(deploy(model), frozenset({"conv"}), arithmetic, ranges)
+    assert len(kinds(quantized, DynamicImageConv)) == 4
+    batch = torch.from_numpy(np.concatenate(IMAGES[:3])) * torch.tensor([1.0, 20.0, 0.1]).view(3, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(batch), torch.cat([quantized(image[None]) for image in batch]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "grouped", "kind"),
+    [
+        ("w4a8", "dynamic_row", DynamicRowLinear), ("w4a8", "dynamic_block", GroupedLinear),
+        ("int4", "weights", WeightLayer), ("int4", "dynamic_block", GroupedLinear),
+    ],
+)  # fmt: skip
+def test_four_bits(model: nn.Module, ranges: Ranges, precision: str, grouped: str, kind: type) -> None:
+    deployed = deploy(model)
+    quantized = quantize(deployed, frozenset({"linear", "conv"}), Arithmetic(activations="int8", grouped=grouped), ranges, precision)
+    small = [n for n in kinds(deployed, nn.Linear) if not n.endswith(("head", "squeeze", "excite")) and n in wide(deployed)]
+    assert set(small) <= set(kinds(quantized, kind))
+    assert 10 < sqnr_db(logits(quantized), logits(model)) < 50
+
+
+def wide(network: nn.Module) -> set[str]:
+    """Linears whose inputs make whole groups."""
+    return {name for name, each in network.named_modules() if isinstance(each, nn.Linear) and each.in_features % GroupedWeight.GROUP == 0}
+
+
+def test_half_precision_has_all_weights(model: nn.Module, ranges: Ranges) -> None:
+    deployed = deploy(model)
+    quantized = quantize(deployed, frozenset({"linear", "conv"}), STATIC, ranges, "fp16")
+    assert kinds(quantized, nn.Linear) == kinds(quantized, nn.Conv2d) == []
+    assert len(kinds(quantized, HalfWeight)) == len(kinds(deployed, nn.Linear)) + len(kinds(deployed, nn.Conv2d)) + 6
+    assert sqnr_db(logits(quantized), logits(model)) > 55
+
+
+def test_grouped_linear_is_a_product_with_its_integers() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 64), GroupedWeight(torch.randn(5, 64))
+    exact = x @ weight().T
+    torch.testing.assert_close(grouped_linear(x, weight.values, weight.scale, False), exact, rtol=1e-5, atol=1e-4)
+    rounded = grouped_linear(x, weight.values, weight.scale, True)
+    assert 30 < sqnr_db(rounded.numpy(), exact.numpy()) < 60
+
+
+def test_right_factors_are_symmetric_where_the_runtime_wants_it(model: nn.Module, ranges: Ranges) -> None:
+    arithmetic = Arithmetic(activations="int8", linear_output=True, symmetric_right=True)
+    quantized = quantize(deploy(model), frozenset({"linear", "attention"}), arithmetic, ranges)
+    affines: dict[str, Affine] = {name: each.affine for name, each in quantized.named_modules() if isinstance(each, RoundedPoint)}
+    right = [name for name in affines if name.endswith((".key", ".value"))]
+    assert len(right) == 12
+    assert all(affines[name].zero_point == 0 for name in right)
+    for name, layer in quantized.named_modules():  # integers move from a layer to a product as they are
+        if name.endswith("attention.k"):
+            assert layer.output == affines[name.removesuffix("k") + "key"]
+        elif name.endswith("attention.v"):
+            assert layer.output == affines[name.removesuffix("v") + "value"]
+        elif name.endswith("attention.proj"):
+            assert layer.input == affines[name.removesuffix("proj") + "attended"]

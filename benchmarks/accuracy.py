@@ -1,0 +1,173 @@
+"""What quantization loses, by recipe and by algorithm: every artifact in its own runtime, against float on the same images.
+
+    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--labels FILE] [--only NAME ...] [--json FILE]
+
+--train sets ranges and everything that is fitted to images; --eval is only measured. Rows are the recipes, then int8_ptq with one
+algorithm changed at a time, on every fifth image. A row that --json has already is not measured again, so a run that was cut off
+goes on.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from gcvit_edge.artifact import Artifact
+from gcvit_edge.data import Pixels, decode_images, find_images, inputs, read_labels
+from gcvit_edge.evaluate import Classes, Logits, agreement, check_baseline, compare, hits
+from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.plan import plan
+from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
+from gcvit_edge.targets.local import run_artifacts
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a recipe, changed by `change`, for some of its backends, on every `every`-th image."""
+
+    name: str
+    recipe: str
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe
+    backends: tuple[str, ...] | None = None
+    every: int = 5
+
+
+def calibration(**changes: Any) -> Callable[[Recipe], Recipe]:
+    """A change of the recipe's calibration."""
+    return lambda recipe: recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+def changed(**changes: Any) -> Callable[[Recipe], Recipe]:
+    """A change of the recipe itself."""
+    return lambda recipe: recipe.model_copy(update=changes)
+
+
+ROWS = (
+    *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16")),
+    Row("int8_ptq, every fifth image", "int8_ptq"),
+    Row("int8_ptq, no smoothing", "int8_ptq", changed(smoothing=False)),
+    Row("int8_ptq, bias correction", "int8_ptq", changed(bias_correction=True)),
+    Row("int8_ptq, average ranges", "int8_ptq", calibration(ranges="average"), ("openvino",)),
+    Row("int8_ptq, percentile ranges", "int8_ptq", calibration(ranges="percentile"), ("openvino",)),
+    Row("int8_ptq, mse ranges", "int8_ptq", calibration(ranges="mse"), ("openvino",)),
+    Row("int8_ptq, entropy ranges", "int8_ptq", calibration(ranges="entropy"), ("openvino",)),
+    Row("int8_ptq, 32 calibration images", "int8_ptq", calibration(images=32), ("openvino",)),
+    Row("int8_ptq, 512 calibration images", "int8_ptq", calibration(images=512), ("openvino",)),
+    Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1), ("openvino",)),
+    Row("int8_ptq_full, residual additions too", "int8_ptq_full", changed(operators=("linear", "conv", "attention", "residual")),
+        ("openvino", "onnx")),
+    Row("int4_weights, nearest rounding", "int4_weights", changed(rounding="nearest"), ("onnx",)),
+    Row("int4_weights, no bias correction", "int4_weights", changed(bias_correction=False), ("onnx",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bed:
+    """What all rows have in common. reference: float logits (N, classes) of the evaluation images."""
+
+    model: GCViT
+    info: ModelInfo
+    train: Path
+    pixels: Pixels
+    classes: Classes
+    reference: Logits
+    steps: Steps
+
+
+def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
+    """One entry for each backend of a row, and how far the backends agree with one another."""
+    recipe = row.change(parse_recipe(recipe_text(row.recipe), row.recipe))
+    info = bed.info
+    images = find_images(bed.train, "calibration").select(recipe.calibration.images, recipe.calibration.seed)
+    pixels = decode_images(images, info.preprocessing, work / "calib.npy")
+    names = row.backends or recipe.backends
+    with bed.steps.step(f"{row.name}: make"):
+        calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, info.preprocessing))
+        artifacts = [lower_quantized(name, calibrated, info, recipe, work / "made") for name in names]
+    with bed.steps.step(f"{row.name}: run", len(artifacts) * len(bed.classes[:: row.every])) as advance:
+        some = replace(bed.pixels, file=work / "some.npy", kept=bed.pixels.kept[:: row.every])
+        np.save(some.file, bed.pixels.load()[:: row.every])
+        logits = run_artifacts(artifacts, some, info.preprocessing, advance)
+    return [entry(row, artifact, each, logits, bed) for artifact, each in zip(artifacts, logits, strict=True)]
+
+
+def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits], bed: Bed) -> dict[str, Any]:
+    """One line of the result. cross: agreement with the other runtimes' artifacts of the row, the lowest."""
+    reference, classes = bed.reference[:: row.every], bed.classes[:: row.every]
+    accuracy = compare(logits, reference, classes)
+    others = [agreement(logits, other) for other in all_logits if other is not logits]
+    return {
+        "row": row.name,
+        "backend": artifact.backend,
+        "images": len(classes),
+        "float_top1": round(float(hits(reference, classes, 1).mean()), 6),
+        "top1": round(accuracy.top1, 6),
+        "drop_points": round(accuracy.drop_points, 4),
+        "drop_ci95": [round(end, 4) for end in accuracy.drop_ci95],
+        "agreement": round(accuracy.agreement, 6),
+        "sqnr_db": round(accuracy.sqnr_db, 2),
+        "cross": round(min(others), 6) if others else None,
+        "size_bytes": artifact.size_bytes,
+    }
+
+
+def show(entries: list[dict[str, Any]]) -> Table:
+    """The table for people."""
+    table = Table("row", "runtime")
+    for heading in ("top-1", "drop, points (95 %)", "agreement", "SQNR", "cross", "MB"):
+        table.add_column(heading, justify="right")
+    for each in entries:
+        low, high = each["drop_ci95"]
+        table.add_row(
+            each["row"], each["backend"], f"{each['top1']:.2%}", f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})",
+            f"{each['agreement']:.2%}", f"{each['sqnr_db']:.1f} dB", "" if each["cross"] is None else f"{each['cross']:.2%}",
+            f"{each['size_bytes'] / 1e6:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, help="class names in the order of the logits (default: the checkpoint's)")
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    entries = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    steps = Steps(Console(stderr=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        labels = read_labels(arguments.labels) if arguments.labels else None
+        job = plan(weights=arguments.weights, labels=labels, calib=arguments.train, eval=arguments.eval, output=work / "unused")
+        preprocessing = job.info.preprocessing
+        pixels = decode_images(job.evaluation, preprocessing, work / "eval.npy")
+        classes = job.classes[pixels.kept]
+        # of the fastest of our float artifacts; those of other runtimes differ by rounding alone
+        artifact = lower_float("openvino", job.model, job.info, work)
+        with steps.step("float", len(classes)) as advance:
+            reference = run_artifacts([artifact], pixels, preprocessing, advance)[0]
+        check_baseline(reference, classes)
+        bed = Bed(job.model, job.info, arguments.train, pixels, classes, reference, steps)
+        for row in ROWS:
+            if (arguments.only is None or row.name in arguments.only) and row.name not in {each["row"] for each in entries}:
+                entries += measure(row, bed, work)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+    Console(width=140).print(show(entries))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Quantization-aware fine-tuning: what calibration gave goes on to learn from the float model, in the arithmetic it is deployed in."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.calibrate import Calibrated
+from gcvit_edge.quantization.learned import Range, Rounding, learnable, learned
+from gcvit_edge.training.images import LabelledImages
+from gcvit_edge.training.job import device_name, readable
+from gcvit_edge.training.loop import fit, make_accelerator
+from gcvit_edge.training.optimization import Groups, parameter_groups
+from gcvit_edge.training.settings import QatSettings, micro_batches, steps_per_epoch
+from gcvit_edge.training.state import check_state, state_beside
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """A checked request to fine-tune. state: where an interrupted run waits."""
+
+    settings: QatSettings
+    data: LabelledImages
+    accelerator: "Accelerator"
+    state: Path
+    resume: bool
+
+
+def plan_fine_tuning(
+    settings: QatSettings,
+    train: Path,
+    labels: Labels,
+    preprocessing: Preprocessing,
+    output: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+) -> FineTuning:
+    """Checks a request to fine-tune.
+
+    train: folder (or .zip) of images, one sub-folder a class. output: the bundle; the run is saved beside it. device: "auto", "cpu" or
+    "cuda".
+
+    Raises:
+        UserError: anything that is wrong with the input, before any long step.
+    """
+    state = state_beside(output)
+    check_state(state, resume, force)
+    images = find_images(train, "training")
+    if settings.images is not None:
+        images = images.select(settings.images, settings.seed)
+    data = LabelledImages(images, class_indices(images, labels), preprocessing)
+    steps_per_epoch(len(data), settings)
+    accelerator = make_accelerator(device)
+    micro_batches(settings, accelerator.num_processes)
+    return FineTuning(settings, data, accelerator, state, resume)
+
+
+def fine_tune(
+    model: GCViT, calibrated: Calibrated, runtimes: Sequence[Rounding], job: FineTuning, steps: Steps
+) -> tuple[Calibrated, dict[str, Any]]:
+    """What `calibrated` has learned on the training images, for all of these runtimes, and a report; the same in every process.
+
+    The teacher is `model`, in float. The result is the average of weights and ranges at the end (EMA). The run stays saved: what is
+    made of it may fail.
+
+    Raises:
+        UserError: more than 5 % of the images do not decode, or the saved run is of another request.
+        CheckFailed: the loss is not finite.
+    """
+    settings, accelerator = job.settings, job.accelerator
+    if accelerator.is_main_process and not job.resume:
+        job.state.unlink(missing_ok=True)
+    data, skipped = readable(job.data, "check training images", accelerator, steps)
+    student = learnable(calibrated, runtimes)
+    teacher = None if settings.distillation is None else deploy(model)
+    trained, history = fit(
+        student, data, settings, accelerator, state=job.state, resume=job.resume, teacher=teacher,
+        groups=groups(student, settings), steps=steps,
+    )  # fmt: skip
+    accelerator.end_training()
+    report = {
+        "images": len(data),
+        "skipped_images": skipped,
+        "settings": settings.model_dump(mode="json"),
+        "processes": accelerator.num_processes,
+        "device": device_name(accelerator),
+        "epochs": [asdict(epoch) for epoch in history],
+        "seconds": round(sum(epoch.seconds for epoch in history), 1),
+    }
+    return learned(calibrated, trained.cpu()), report
+
+
+def groups(student: nn.Module, settings: QatSettings) -> Groups:
+    """AdamW's parameter groups: ranges have a learning rate of their own, and no weight decay."""
+    ranges = [module.logarithms for module in student.modules() if isinstance(module, Range)]
+    own = {id(parameter) for parameter in ranges}
+    others = [
+        group | {"params": [parameter for parameter in group["params"] if id(parameter) not in own]}
+        for group in parameter_groups(student, settings.weight_decay)
+    ]
+    return [*others, {"params": ranges, "lr": settings.range_learning_rate, "weight_decay": 0.0}]
+

@@ -1,0 +1,77 @@
+"""Rounding of weights: INT4 by reconstruction, and biases."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gcvit_edge.quantization.integers import GroupedWeight, HalfWeight, IntegerWeight
+from gcvit_edge.quantization.rounding import correct_biases, reconstruct
+
+
+def correlated(rows: int, channels: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return (generator.standard_normal((rows, channels // 4)) @ generator.standard_normal((channels // 4, channels)) + 1).astype(np.float32)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 48))
+
+
+def test_grouped_weight_is_its_integers() -> None:
+    torch.manual_seed(0)
+    weight = GroupedWeight(torch.randn(6, 96))
+    assert weight.values.dtype == torch.int8
+    assert int(weight.values.min()) >= -8
+    assert int(weight.values.max()) <= 7
+    assert weight.scale.shape == (6, 3)
+    torch.testing.assert_close(weight(), weight.values.float() * weight.scale.repeat_interleave(32, 1))
+    torch.testing.assert_close(weight.scale, weight.scale.bfloat16().float(), rtol=0, atol=0)
+
+
+def test_grouped_weight_finds_its_grid_again() -> None:
+    torch.manual_seed(0)
+    first = GroupedWeight(torch.randn(64, 128))
+    torch.testing.assert_close(GroupedWeight(first())(), first(), rtol=0, atol=0)
+
+
+def test_grouped_weight_wants_whole_groups() -> None:
+    with pytest.raises(ValueError, match="multiple of 32 input channels, got 40"):
+        GroupedWeight(torch.randn(4, 40))
+
+
+def test_half_weight() -> None:
+    weight = torch.randn(5, 7)
+    half = HalfWeight(weight)
+    assert half.values.dtype == torch.float16
+    assert half().dtype == torch.float32
+    torch.testing.assert_close(half(), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn.Module) -> None:
+    x = correlated(500, 64)
+    expected = network(torch.from_numpy(x))
+    plain, rebuilt = copy.deepcopy(network), copy.deepcopy(network)
+    plain[0].weight.data = GroupedWeight(plain[0].weight)()
+    reconstruct(rebuilt, lambda: iter([x]), lambda name: True)
+    torch.testing.assert_close(GroupedWeight(rebuilt[0].weight)(), rebuilt[0].weight.data, rtol=0, atol=0)
+    errors = [float((each(torch.from_numpy(x)) - expected).square().mean().detach()) for each in (rebuilt, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_layers_that_are_not_chosen_stay(network: nn.Module) -> None:
+    before = network[0].weight.clone()
+    reconstruct(network, lambda: iter([correlated(50, 64)]), lambda name: False)
+    torch.testing.assert_close(network[0].weight.data, before, rtol=0, atol=0)
+
+
+def test_bias_takes_the_mean_error(network: nn.Module) -> None:
+    x = correlated(500, 64)
+    expected = network(torch.from_numpy(x)).mean(0)
+    correct_biases(network, lambda: iter([x]), lambda name, weight: IntegerWeight(weight)())
+    network[0].weight.data = IntegerWeight(network[0].weight)()
+    torch.testing.assert_close(network(torch.from_numpy(x)).mean(0), expected, rtol=1e-4, atol=1e-4)
