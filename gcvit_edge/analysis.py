@@ -20,12 +20,12 @@ from gcvit_edge.parity import MIN_SQNR_DB, finite_db
 from gcvit_edge.pipeline import ranking_images
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
+from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.search import Layer, candidates, frontier, keeping, measurements, predicted_ms, rank
 from gcvit_edge.targets.local import Session, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.quantization.calibrate import Calibrated
-    from gcvit_edge.recipe import Recipe
 
 COMPARED_IMAGES = 4
 TIMED_ROUNDS = 10
@@ -36,7 +36,7 @@ class Deployed:
     """What is looked at of one backend. recipe: with the layers that stay float in this artifact."""
 
     backend: str
-    recipe: "Recipe"
+    recipe: Recipe
     float: Artifact
     int8: Artifact
 
@@ -66,14 +66,18 @@ def plan_analysis(
         if bundle.manifest.recipe is None:
             raise UserError("the bundle has float artifacts only, there is nothing to analyze; give one that quantize made")
         for backend in backends or ():
-            bundle.artifact(backend, "int8")
-        backends = backends or [artifact.backend for artifact in bundle.artifacts if artifact.precision == "int8"]
+            bundle.artifact(backend)
+        backends = backends or [artifact.backend for artifact in bundle.artifacts if artifact.precision != "float"]
         labels, preprocessing = labels or bundle.info.labels, preprocessing or bundle.info.preprocessing
         if recipe is None:
             recipe = str(scratch / "recipe.yaml")
             Path(recipe).write_text(bundle.manifest.recipe.text, encoding="utf-8")
+    recipe = recipe or "int8_ptq"
+    if parse_recipe(recipe_text(recipe), recipe).qat is not None:
+        raise UserError(f"{recipe} fine-tunes, and what came of that is in its artifacts only; analyze looks at what calibration gives, so "
+                        "choose a --recipe without a section `qat`")
     job = plan(
-        recipe or "int8_ptq", model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib,
+        recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib,
         eval=eval, backends=backends, threads=threads, output=scratch / "no bundle is made",
     )  # fmt: skip
     if bundle is not None and job.info.config != bundle.info.config:
@@ -154,17 +158,18 @@ def _backend(
 
 def _deployed(job: Job, name: str, bundle: Bundle | None, calibrated: "Calibrated", work: Path, steps: Steps) -> Deployed:
     """The artifacts, made unless the bundle has them."""
-    found = {a.precision: a for a in bundle.artifacts if a.backend == name} if bundle else {}
+    found: dict[str, Artifact] = {a.precision: a for a in bundle.artifacts if a.backend == name} if bundle else {}
     entries = [entry for entry in bundle.report["artifacts"] if entry["backend"] == name] if bundle else []
     kept = [layer for entry in entries for layer in (entry.get("search") or {}).get("kept_float", [])]
     recipe = keeping(job.recipe, kept)
     if "float" not in found:
         with steps.step(f"{name}: export float"):
             found["float"] = lower_float(name, job.model, job.info, work)
-    if "int8" not in found:
-        with steps.step(f"{name}: export int8"):
-            found["int8"] = lower_quantized(name, calibrated, job.info, recipe, work)
-    return Deployed(name, recipe, found["float"], found["int8"])
+    precision = job.recipe.precision
+    if precision not in found:
+        with steps.step(f"{name}: export {precision}"):
+            found[precision] = lower_quantized(name, calibrated, job.info, recipe, work)
+    return Deployed(name, recipe, found["float"], found[precision])
 
 
 def _check_weights(deployed: Deployed, bundle: Bundle, calibrated: "Calibrated") -> None:
@@ -180,7 +185,7 @@ def _check_weights(deployed: Deployed, bundle: Bundle, calibrated: "Calibrated")
 
 
 def _without(
-    name: str, calibrated: "Calibrated", recipe: "Recipe", layers: Sequence[Layer], images: list[NDArray[np.float32]], steps: Steps
+    name: str, calibrated: "Calibrated", recipe: Recipe, layers: Sequence[Layer], images: list[NDArray[np.float32]], steps: Steps
 ) -> dict[str, float]:
     from gcvit_edge.quantization.sensitivity import exchange
 
@@ -214,7 +219,7 @@ def _layer_by_layer(
             )
         folder = work / f"{name}.tapped"
         folder.mkdir()
-        artifact = lower_network(name, graph, "int8", job.info, folder)
+        artifact = lower_network(name, graph, job.recipe.precision, job.info, folder)
         stacked = np.concatenate(images)
         with Session(artifact, threads=job.threads) as session:
             rows = session.infer(stacked, lambda: None)

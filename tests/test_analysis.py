@@ -56,7 +56,7 @@ def backend(report: dict[str, Any], name: str) -> dict[str, Any]:
 def test_the_ruined_layer_is_seen(analysis: tuple[Path, dict[str, Any]], name: str) -> None:
     entry = backend(analysis[1], name)
     layers = {layer["layer"]: layer for layer in entry["layers"]}
-    assert len(layers) == 52
+    assert len(layers) == 67
     worst = sorted(layers.values(), key=lambda layer: layer["alone_db"])
     assert RUINED_LAYER in [layer["layer"] for layer in worst[:2]]
     assert layers[RUINED_LAYER]["alone_db"] < 6

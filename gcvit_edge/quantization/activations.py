@@ -1,4 +1,4 @@
-"""What activations look like where they are rounded: their range, how coarse a step of 8 bits is in it, and outliers."""
+"""What activations look like where they are rounded: their range, how coarse a step of 8 bits is, and outliers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ LARGE = 4.0  # times the median channel
 class Activations:
     """Of one place, over all images. low, high: extremes. mean, std: of all values.
 
-    step_of_std: a step of 8 bits, of the standard deviation: over 1, most values are rounded to 0. outliers: share of the values past 6
-    standard deviations. imbalance: magnitude of the largest channel, of the median one. large_channels: share of the channels that
-    reach 4 times the median one. Channels are those of a layer's weight; of a point, the last axis.
+    outliers: share of the values past 6 standard deviations. imbalance: magnitude of the largest channel, of the median one.
+    large_channels: share of the channels that reach 4 times the median one. step_of_channel: a step of 8 bits, of the magnitude of the
+    median channel: at 2, half of the channels are rounded to 0. Channels are those of a layer's weight; of a point, the last axis.
     """
 
     place: str
@@ -28,10 +28,10 @@ class Activations:
     high: float
     mean: float
     std: float
-    step_of_std: float
     outliers: float
     imbalance: float
     large_channels: float
+    step_of_channel: float
 
 
 class _Sums:
@@ -82,6 +82,6 @@ def _describe(place: str, each: _Sums) -> Activations:
     median = max(float(each.channels.median()), 1e-12)
     step = (max(each.high, 0.0) - min(each.low, 0.0)) / 255
     return Activations(
-        place, each.low, each.high, _mean(each), _std(each), step / max(_std(each), 1e-12), each.past / each.count,
-        float(each.channels.max()) / median, float((each.channels >= LARGE * median).float().mean()),
+        place, each.low, each.high, _mean(each), _std(each), each.past / each.count, float(each.channels.max()) / median,
+        float((each.channels >= LARGE * median).float().mean()), step / median,
     )  # fmt: skip

@@ -16,7 +16,7 @@ SHOWN = 12
 
 
 def analysis_tables(report: dict[str, Any]) -> list[RenderableType]:
-    """What matters most of an analysis; each table fits 100 columns. The rest is in the JSON."""
+    """What matters most of an analysis; each table fits 80 columns. The rest is in the JSON."""
     shown: list[RenderableType] = []
     for entry in report["backends"]:
         shown += [_layers(entry, report["images"]["sensitivity"]), _classes(entry), *_lines(entry)]
@@ -26,21 +26,21 @@ def analysis_tables(report: dict[str, Any]) -> list[RenderableType]:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")  # long names break
     return table
 
 
 def _layers(entry: dict[str, Any], images: int) -> Table:
     table = _table(
         f"{entry['backend']}: the {SHOWN} layers of {len(entry['layers'])} that disturb the logits most, dB on {images} images",
-        "layer", "M mult.", "alone", "without", "simulated", "deployed", "to simulated",
+        "layer", "alone", "without", "simulated", "deployed", "to sim.",
     )  # fmt: skip
     columns = ("alone_db", "without_db", "simulated_db", "deployed_db", "deployed_to_simulated_db")
     for layer in sorted(entry["layers"], key=lambda layer: layer["alone_db"])[:SHOWN]:
         name = f"{layer['layer']}{' (float)' if layer['kept_float'] else ''}"
-        table.add_row(name, f"{layer['work'] / 1e6:.1f}", *(f"{layer[column]:.1f}" for column in columns))
+        table.add_row(name, *(f"{layer[column]:.1f}" for column in columns))
     logits = entry["logits"]
-    table.add_row("logits", "", "", "", *(f"{logits[c]:.1f}" for c in columns[2:]), style="bold")
+    table.add_row("logits", "", "", *(f"{logits[c]:.1f}" for c in columns[2:]), style="bold")
     return table
 
 
@@ -69,13 +69,13 @@ def _lines(entry: dict[str, Any]) -> list[str]:
 
 def _activations(places: list[dict[str, Any]]) -> Table:
     table = _table(
-        "Activations that 8 bits hold worst: a step, of the standard deviation",
-        "place", "low", "high", "std", "step/std", "past 6 std", "largest/median channel",
+        "Activations that 8 bits hold worst: a step, of the magnitude of the median channel",
+        "place", "low", "high", "std", "past 6 std", "largest", "step",
     )  # fmt: skip
-    for place in sorted(places, key=lambda place: -place["step_of_std"])[:SHOWN]:
+    for place in sorted(places, key=lambda place: -place["step_of_channel"])[:SHOWN]:
         table.add_row(
-            place["place"], f"{place['low']:.2f}", f"{place['high']:.2f}", f"{place['std']:.3f}", f"{place['step_of_std']:.2f}",
-            f"{place['outliers']:.4%}", f"{place['imbalance']:.1f}",
+            place["place"], f"{place['low']:.2f}", f"{place['high']:.2f}", f"{place['std']:.3f}", f"{place['outliers']:.4%}",
+            f"{place['imbalance']:.1f}x", f"{place['step_of_channel']:.3f}",
         )  # fmt: skip
     return table
 

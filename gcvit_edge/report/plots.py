@@ -50,7 +50,7 @@ def sensitivity_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
 
 
 def ranges_plot(report: dict[str, Any]) -> "Figure":
-    """Ranges of what layers read, in standard deviations: a step of 8 bits is their width / 255; and how unequal channels are."""
+    """Ranges of what layers read, in standard deviations, and how unequal channels are."""
     places = [place for place in report["activations"] if place["place"].endswith(".input")]
     figure, (upper, lower) = _axes(1, rows=2, height=6)
     at = range(len(places))
@@ -61,10 +61,9 @@ def ranges_plot(report: dict[str, Any]) -> "Figure":
     lower.bar(at, [place["imbalance"] for place in places], color=ORANGE)
     lower.set_ylabel("largest channel,\nof the median one")
     lower.set_yscale("log")
-    for axes, key in ((upper, "step_of_std"), (lower, "imbalance")):
-        worst = sorted(at, key=lambda index: -places[index][key])[:4]
-        for index in worst:
-            height = high[index] if axes is upper else places[index]["imbalance"]
+    for axes, heights in ((upper, high), (lower, [place["imbalance"] for place in places])):
+        for index in sorted(at, key=lambda index: -heights[index])[:4]:
+            height = heights[index]
             axes.annotate(places[index]["place"].removesuffix(".input"), (index, height), fontsize=7, rotation=25, va="bottom")
     stages = [place["place"].split(".")[1] if place["place"].startswith("stages.") else place["place"].split(".")[0] for place in places]
     starts = [index for index in at if index and stages[index] != stages[index - 1]]
