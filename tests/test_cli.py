@@ -21,7 +21,8 @@ from gcvit_edge.cli import main
 from gcvit_edge.recipe import recipe_text
 
 VERBS = (
-    "benchmark", "build-runner", "convert", "doctor", "evaluate", "export", "predict", "profile", "quantize", "recipes", "train", "verify",
+    "analyze", "benchmark", "build-runner", "convert", "doctor", "evaluate", "export", "predict", "profile", "quantize", "recipes", "train",
+    "verify",
 )  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden"
 HEAVY = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "scipy", "pandas", "PIL", "numpy")

@@ -12,12 +12,12 @@ from gcvit_edge import search as module
 from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
-from gcvit_edge.lower import lower_quantized
 from gcvit_edge.pipeline import quantize
 from gcvit_edge.plan import plan
 from gcvit_edge.recipe import Limits
 from gcvit_edge.report.search import search_lines
 from gcvit_edge.search import Layer, candidates, frontier, predicted_ms, within
+from gcvit_edge.targets.local import run_artifacts
 
 LAYERS = [Layer("quiet", 60, 100), Layer("loud", 20, 1000), Layer("cheap", 45, 1), Layer("dear", 40, 100_000)]
 
@@ -116,38 +116,42 @@ def test_nothing_stays_float_where_plain_int8_is_within_the_limit(tmp_path: Path
 
 
 def test_an_interrupted_search_goes_on_where_it_was(ruined: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowered: list[tuple[str, ...]] = []
+    ran: list[Any] = []
 
-    def counted(name: str, calibrated: Any, info: Any, recipe: Any, folder: Path) -> Any:
-        if len(lowered) == stop:
-            raise KeyboardInterrupt
-        lowered.append(recipe.keep_float)
-        return lower_quantized(name, calibrated, info, recipe, folder)
+    def interrupted(name: str, calibrated: Any, recipe: Any, keep: Any, images: Any) -> Any:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "lower_quantized", counted)
-    stop = 3
-    with pytest.raises(KeyboardInterrupt):
-        searched(ruined, tmp_path / "first")
+    def counted(artifacts: Any, *rest: Any) -> Any:
+        ran.append(artifacts)
+        return run_artifacts(artifacts, *rest)
+
+    monkeypatch.setattr(module, "run_artifacts", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "safe_choice", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            searched(ruined, tmp_path / "first")
     assert not (tmp_path / "first").exists()
-    before, stop = list(lowered), -1
-    lowered.clear()
+    assert len(ran) >= 3  # float, plain and a candidate
+    ran.clear()
     resumed = searched(ruined, tmp_path / "second").report["artifacts"][0]["search"]
-    kept = next(keep for keep in lowered if sorted(keep) == resumed["kept_float"])
-    assert not set(lowered) & (set(before) - {(), kept})  # plain and chosen are timed, so made again
+    assert ran == []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     afresh = searched(ruined, tmp_path / "third").report["artifacts"][0]["search"]
+    assert len(ran) >= 3
     for key in ("kept_float", "safe_choice", "tried"):
         assert resumed[key] == afresh[key]
 
 
-def test_other_weights_are_measured_anew(ruined: Tiny, tmp_path: Path) -> None:
+def test_other_ranges_are_measured_anew(ruined: Tiny, tmp_path: Path) -> None:
     searched(ruined, tmp_path / "a")
+    known = set((tmp_path / "cache").rglob("*.jsonl"))
+    assert len(known) == 2  # of layers, and of artifacts
     searched(make_ruined(tmp_path / "same"), tmp_path / "b")
-    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 1  # the same weights and images in another place are the same
-    recipe = tmp_path / "rough.yaml"
+    assert set((tmp_path / "cache").rglob("*.jsonl")) == known  # the same weights and images in another place are the same
+    recipe = tmp_path / "other.yaml"
     recipe.write_text(ruined.recipe.read_text().replace("calibration: {images: 24}", "calibration: {images: 20}"))
     searched(ruined, tmp_path / "c", recipe=recipe)
-    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 2
+    assert len(set((tmp_path / "cache").rglob("*.jsonl")) - known) == 2
 
 
 def test_max_drop_overrides_the_recipe(ruined: Tiny, tmp_path: Path) -> None:
