@@ -7,8 +7,9 @@
     gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
     python scripts/update_results.py
 
-Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each results/vs_stock/MODEL.json and
-results/arm_counts/MODEL.json is what that benchmark wrote; the tables have one row a runtime, and one a file on an emulated CPU.
+Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the tables have one row an artifact. Each
+results/vs_stock/MODEL.json and results/arm_counts/MODEL.json is what that benchmark wrote; the tables have one row a runtime, and one a
+file on an emulated CPU.
 """
 
 import json
