@@ -182,7 +182,7 @@ def test_recipes(command: Command) -> None:
     assert listed.code == 0
     assert "int8_ptq" in [recipe["name"] for recipe in listed.json]
     shown = command("recipes", "show", "int8_ptq", "--json")
-    assert shown.json["calibration"] == {"images": 128, "seed": 0}
+    assert shown.json["calibration"] == {"images": 128, "seed": 0, "ranges": "minmax"}
     assert "int8_ptq" in command("recipes", "list").out
 
 
@@ -194,7 +194,7 @@ def test_shown_recipe_is_a_usable_file(command: Command, tmp_path: Path) -> None
 
 
 def test_recipes_refuse(command: Command) -> None:
-    assert "did you mean 'int8_ptq'?" in command.refuses("recipes", "show", "int8_pqt")
+    assert "did you mean 'int8_ptq'?" in command.refuses("recipes", "show", "int8_ptqq")
     assert "which recipe?" in command.refuses("recipes", "show")
 
 
@@ -241,8 +241,8 @@ def test_broken_limits_are_exit_3(
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.pipeline import Made
 
-    def made_before(job: object, name: str, calibration: object, float_folder: Path, stage: Path, steps: object) -> Made:
-        before = Path(shutil.copy(bundle / "model.float.onnx", float_folder))
+    def made_before(job: object, name: str, calibrated: object, held_out: object, work: Path, stage: Path, steps: object) -> Made:
+        before = Path(shutil.copy(bundle / "model.float.onnx", work))
         after = Path(shutil.copy(bundle / "model.int8.onnx", stage))
         return Made(Artifact("onnx", "float", before, (before,)), Artifact("onnx", "int8", after, (after,)))
 
