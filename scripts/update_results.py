@@ -118,6 +118,8 @@ QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
 def qat_table() -> str:
     """What `int8_qat` gave, and how it was trained, markers included."""
     reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results" / "qat").glob("*.json"))}
+    if not reports:
+        return f"{QAT_BEGIN}\n{QAT_END}"
     lines = [row for name, report in reports.items() for row in rows(name, report)]
     notes = []
     for name, report in reports.items():
