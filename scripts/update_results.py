@@ -109,7 +109,7 @@ def accuracy_table() -> str:
                 f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | "
                 f"{each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
             )
-    return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *lines, ACCURACY_END])
+    return "\n".join([ACCURACY_BEGIN, *([ACCURACY_HEADER, *lines] if lines else []), ACCURACY_END])
 
 
 QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
