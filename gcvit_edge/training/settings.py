@@ -57,13 +57,13 @@ class TrainSettings(Section):
 class QatSettings(TrainSettings):
     """Quantization-aware fine-tuning: a short training run at a low learning rate, from a network that is quantized well already."""
 
-    epochs: int = Field(4, ge=1, strict=True)
-    learning_rate: float = Field(2e-5, gt=0, description="peak, for weights")
+    epochs: int = Field(2, ge=1, strict=True)
+    learning_rate: float = Field(5e-5, gt=0, description="peak, for weights")
     range_learning_rate: float = Field(1e-3, gt=0, description="peak, for the logarithms of the ranges' ends")
     weight_decay: float = Field(0.0, ge=0, description="as above")
     ema_decay: float = Field(0.98, ge=0, lt=1, description="as above, of ranges too")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    distillation: Distillation | None = Field(Distillation(), description="from the float model")  # type: ignore[call-arg]
+    distillation: Distillation | None = Field(Distillation(weight=0.5), description="from the float model")  # type: ignore[call-arg]
     images: int | None = Field(None, ge=1, strict=True, description="training images, spread evenly over the classes (None: all)")
 
 

@@ -54,7 +54,7 @@ def network_inputs(data: LabelledImages) -> Tensor:
 
 
 def settings(**changes: Any) -> QatSettings:
-    mild = {"augmentation": {"crop_scale": [0.7, 1.0]}, "batch_size": 8, "micro_batch": 4, "epochs": 2}
+    mild = {"augmentation": {"crop_scale": [0.7, 1.0]}, "batch_size": 8, "micro_batch": 4, "epochs": 2, "distillation": {}}
     return QatSettings.model_validate(mild | changes)
 
 
@@ -233,7 +233,7 @@ def test_the_bundle_and_its_report(made: tuple[Bundle, dict[str, Any]], tiny: Ti
     training = report["training"]
     assert bundle.report["training"] == training
     assert (training["images"], training["processes"], len(training["epochs"])) == (24, 1, 2)
-    assert training["settings"]["distillation"] == {"temperature": 1.0, "weight": 1.0}
+    assert training["settings"]["distillation"] == {"temperature": 1.0, "weight": 0.5}
     assert all(parity.passed for parity in bundle.verify().values())
 
 
