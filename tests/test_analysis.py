@@ -1,5 +1,6 @@
 """Where quantization hurts: every part of the report against what it should say of networks that are known."""
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -8,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined, make_tiny
+from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined
 
 from gcvit_edge.analysis import drift, pareto
 from gcvit_edge.cli import main
 from gcvit_edge.data import Labels
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import describe_model
 from gcvit_edge.search import Layer
 
 PLAIN = "name: plain\ndescription: x\ncalibration: {images: 24}\nsearch: {ranked_by: 4}\nlimits: {max_drop: 100, min_agreement: 0}\n"
@@ -139,9 +143,12 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
     assert next(layer for layer in entry["layers"] if layer["layer"] == RUINED_LAYER)["deployed_db"] > 20
     assert entry["drift"]["all"]["drop_points"] < 6
     # of other weights of the same shape
-    other = make_tiny(tmp_path / "other")
-    code = main(["analyze", str(tmp_path / "auto"), *options(other, tmp_path / "plain.yaml")[2:], "--json"])
-    assert code == 4
+    other = copy.deepcopy(ruined.model)
+    with torch.no_grad():
+        other.head.fc.weight.neg_()
+    save_checkpoint(other, describe_model(other, Labels.of(CLASSES)), tmp_path / "other.safetensors", half=False)
+    given[given.index("--weights") + 1] = str(tmp_path / "other.safetensors")
+    assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 4
     assert "onnx.int8 of the bundle is not of these weights and calibration images" in capfd.readouterr().err
 
 
