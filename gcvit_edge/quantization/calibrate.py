@@ -16,6 +16,7 @@ from gcvit_edge.recipe import Recipe
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
 
+
 @dataclass(frozen=True)
 class Calibrated:
     """A deploy form as `Form()` writes it, whose weights are to be rounded as they are, and the ranges of its activations."""

@@ -4,7 +4,7 @@ Measured without labels or gradients, as the SQNR of the logits. All layers of a
 computed before it, so a layer costs the rest of a forward pass, not a whole one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from gcvit_edge.model.deploy import Point
 from gcvit_edge.model.parts import State, parts
 from gcvit_edge.parity import finite_db
 from gcvit_edge.progress import Advance
+from gcvit_edge.quantization.watch import watching
 
 Image = NDArray[np.float32]
 Kind = Literal["alone", "without"]
@@ -101,19 +102,15 @@ def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, in
     """Multiplications of one inference by layer; of points, the numbers that they round. image: (1, C, H, W)."""
     counted: dict[str, int] = {}
 
-    def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            each = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else 1
-            counted[name] = counted.get(name, 0) + output.numel() * each
+    modules = {name: network.get_submodule(name) for name in names}
 
-        return hook
+    def count(name: str, x: Tensor, y: Tensor) -> None:
+        module = modules[name]
+        each = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else 1
+        counted[name] = counted.get(name, 0) + y.numel() * each
 
-    handles = [network.get_submodule(name).register_forward_hook(count(name)) for name in names]
-    try:
+    with watching(modules, count):
         network(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: counted[name] for name in names}
 
 

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gcvit_edge.quantization.watch import watching
+
 _AT_ONCE = 4  # tensors that XNNPACK concatenates in one operator; it takes five at most
 
 
@@ -49,15 +51,8 @@ def sizes(network: nn.Module, names: Sequence[str], example: Tensor) -> list[int
     """How many numbers of the row are the logits', then each layer's."""
     seen: dict[str, int] = {}
 
-    def note(name: str) -> Any:
-        return lambda module, inputs, output: seen.update({name: output.numel()})
-
-    handles = [network.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
+    with watching({name: network.get_submodule(name) for name in names}, lambda name, x, y: seen.update({name: y.numel()})):
         logits = network(example).numel()
-    finally:
-        for handle in handles:
-            handle.remove()
     return [logits, *(seen[name] for name in names)]
 
 
