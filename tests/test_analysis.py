@@ -44,36 +44,33 @@ def options(tiny: Tiny, recipe: Path) -> list[str]:
     return [str(each) for each in given]
 
 
-@pytest.fixture(scope="module")
-def analysis(ruined: Tiny, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The analysis of a network with one ruined layer, in all runtimes."""
+@pytest.fixture(scope="module", params=["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "executorch"))])
+def analysis(
+    request: pytest.FixtureRequest, ruined: Tiny, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], str]:
+    """The analysis of a network with one ruined layer in one runtime: its folder, what it says, and the runtime."""
     folder = tmp_path_factory.mktemp("analysis")
-    assert main(["analyze", *options(ruined, folder / "plain.yaml"), "-o", str(folder / "out")]) == 0
-    return folder / "out", json.loads((folder / "out" / "analysis.json").read_text())
+    given = options(ruined, folder / "plain.yaml")
+    assert main(["analyze", *given, "--backend", request.param, "-o", str(folder / "out")]) == 0
+    return folder / "out", json.loads((folder / "out" / "analysis.json").read_text()), request.param
 
 
-def backend(report: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(entry for entry in report["backends"] if entry["backend"] == name)
-
-
-@pytest.mark.parametrize("name", ["executorch", "openvino", "onnx"])
-def test_the_ruined_layer_is_seen(analysis: tuple[Path, dict[str, Any]], name: str) -> None:
-    entry = backend(analysis[1], name)
+def test_the_ruined_layer_is_seen(analysis: tuple[Path, dict[str, Any], str]) -> None:
+    (entry,) = analysis[1]["backends"]
     layers = {layer["layer"]: layer for layer in entry["layers"]}
     assert len(layers) == 67
     worst = sorted(layers.values(), key=lambda layer: layer["alone_db"])
     assert RUINED_LAYER in [layer["layer"] for layer in worst[:2]]
     assert layers[RUINED_LAYER]["alone_db"] < 6
     assert worst[2]["alone_db"] > 30
-    if name != "executorch":  # whose kernel rounds the outputs of the layer before, too
+    if entry["backend"] != "executorch":  # whose kernel rounds the outputs of the layer before, too
         others = [layer["without_db"] for layer in entry["layers"] if layer["layer"] != RUINED_LAYER]
         assert layers[RUINED_LAYER]["without_db"] > 25 > 6 > max(others)
     assert entry["pareto"]["order"].index(RUINED_LAYER) < 12
 
 
-@pytest.mark.parametrize("name", ["executorch", "openvino", "onnx"])
-def test_runtimes_compute_what_is_simulated_until_noise_is_amplified(analysis: tuple[Path, dict[str, Any]], name: str) -> None:
-    entry = backend(analysis[1], name)
+def test_runtimes_compute_what_is_simulated_until_noise_is_amplified(analysis: tuple[Path, dict[str, Any], str]) -> None:
+    (entry,) = analysis[1]["backends"]
     layers = entry["layers"]
     before = [layer for layer in layers if layer["layer"].startswith(("stages.0.", "stages.1."))]
     assert all(layer["deployed_to_simulated_db"] > 25 for layer in before)
@@ -83,7 +80,7 @@ def test_runtimes_compute_what_is_simulated_until_noise_is_amplified(analysis: t
     assert entry["logits"]["with_taps_to_without_db"] > 20
 
 
-def test_activations(analysis: tuple[Path, dict[str, Any]]) -> None:
+def test_activations(analysis: tuple[Path, dict[str, Any], str]) -> None:
     places = {place["place"]: place for place in analysis[1]["activations"]}
     outlier = places[f"{RUINED_LAYER}.input"]
     assert outlier["high"] == pytest.approx(3000, rel=0.01)
@@ -96,7 +93,7 @@ def outlier_source() -> str:
     return RUINED_LAYER.replace("fc2", "fc1") + ".output"
 
 
-def test_drift(analysis: tuple[Path, dict[str, Any]]) -> None:
+def test_drift(analysis: tuple[Path, dict[str, Any], str]) -> None:
     for entry in analysis[1]["backends"]:
         total, classes = entry["drift"]["all"], entry["drift"]["classes"]
         assert total["images"] == EVALUATION_IMAGES
@@ -105,9 +102,9 @@ def test_drift(analysis: tuple[Path, dict[str, Any]]) -> None:
         assert [each["drop_points"] for each in classes] == sorted((each["drop_points"] for each in classes), reverse=True)
 
 
-def test_plots_are_pictures(analysis: tuple[Path, dict[str, Any]]) -> None:
+def test_plots_are_pictures(analysis: tuple[Path, dict[str, Any], str]) -> None:
     folder = analysis[0]
-    stems = {"ranges", *(f"{kind}.{name}" for kind in ("sensitivity", "pareto") for name in ("executorch", "openvino", "onnx"))}
+    stems = {"ranges", *(f"{kind}.{analysis[2]}" for kind in ("sensitivity", "pareto"))}
     assert {path.name for path in folder.iterdir()} == {"analysis.json", *(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))}
     for stem in stems:
         with Image.open(folder / f"{stem}.png") as picture:
@@ -117,16 +114,19 @@ def test_plots_are_pictures(analysis: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_again_it_measures_nothing_and_says_the_same(
-    analysis: tuple[Path, dict[str, Any]], ruined: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    analysis: tuple[Path, dict[str, Any], str],
+    ruined: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("_layer_by_layer", "_drift"):
         monkeypatch.setattr(f"gcvit_edge.analysis.{name}", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr("gcvit_edge.quantization.sensitivity._sqnr", lambda *_: pytest.fail("measured again"))
-    assert main(["analyze", *options(ruined, tmp_path / "plain.yaml"), "--backend", "onnx", "--json"]) == 0
+    assert main(["analyze", *options(ruined, tmp_path / "plain.yaml"), "--backend", analysis[2], "--json"]) == 0
     again = json.loads(capfd.readouterr().out)
-    before = backend(analysis[1], "onnx")
     for key in ("layers", "logits", "drift"):
-        assert again["backends"][0][key] == before[key]
+        assert again["backends"][0][key] == analysis[1]["backends"][0][key]
     assert again["activations"] == analysis[1]["activations"]
 
 

@@ -498,9 +498,7 @@ def test_failed_replacement_keeps_the_old_bundle(copy: Path, tiny: Tiny, monkeyp
 
 
 @pytest.mark.usefixtures("quick")
-def test_replacement_that_fails_at_the_last_moment_keeps_the_old_bundle(
-    copy: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replacement_that_fails_at_the_last_moment_keeps_the_old_bundle(copy: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     rename, renamed = Path.rename, []
 
     def failing(self: Path, target: Path) -> Path:

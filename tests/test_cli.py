@@ -75,9 +75,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture
-def command(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Command]:
+def command(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gcvit_edge.pipeline.TIMED_ROUNDS", 2)
@@ -235,9 +233,7 @@ def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     assert {path.name for path in bundle.iterdir()} >= {"model.float.onnx", "model.int8.onnx"}
 
 
-def test_broken_limits_are_exit_3(
-    command: Command, tiny: Tiny, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_limits_are_exit_3(command: Command, tiny: Tiny, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.pipeline import Made
 
@@ -338,9 +334,7 @@ def test_baseline_no_better_than_chance_is_exit_4(command: Command, tiny: Tiny, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_internal_error_is_exit_1_and_leaves_nothing(
-    command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_internal_error_is_exit_1_and_leaves_nothing(command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gcvit_edge.pipeline._make", lambda *_: 1 / 0)
     outcome = command("quantize", *own(tiny), "-o", "out")
     assert outcome.code == 1
@@ -349,9 +343,7 @@ def test_internal_error_is_exit_1_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_is_exit_130_and_leaves_nothing(
-    command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_exit_130_and_leaves_nothing(command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 

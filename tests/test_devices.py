@@ -10,7 +10,7 @@ from gcvit_edge.cli import main
 from gcvit_edge.devices import find_devices
 from gcvit_edge.errors import UserError
 
-BOARD = '''
+BOARD = """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ def connect(address, options):
     if address == "gone":
         raise UserError("gone does not answer; check its cable")
     yield Local()
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

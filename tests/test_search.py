@@ -90,6 +90,7 @@ def test_the_one_layer_that_ruins_int8_stays_float(ruined: Tiny, tmp_path: Path,
     assert bundle.verify()[f"{backend}.int8"].passed
 
 
+@pytest.mark.slow
 def test_the_file_has_these_layers_in_float(ruined: Tiny, tmp_path: Path) -> None:
     auto = searched(ruined, tmp_path / "auto")
     kept = auto.report["artifacts"][0]["search"]["kept_float"]
@@ -142,6 +143,7 @@ def test_an_interrupted_search_goes_on_where_it_was(ruined: Tiny, tmp_path: Path
         assert resumed[key] == afresh[key]
 
 
+@pytest.mark.slow
 def test_other_ranges_are_measured_anew(ruined: Tiny, tmp_path: Path) -> None:
     searched(ruined, tmp_path / "a")
     known = set((tmp_path / "cache").rglob("*.jsonl"))

@@ -46,7 +46,7 @@ def test_xnnpack_takes_the_float_deploy_form_of_xxt_as_one_delegate_call() -> No
     assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
 
 
-@pytest.mark.parametrize("arithmetic", [None, backend.arithmetic(OPERATORS)], ids=["float", "int8"])
+@pytest.mark.parametrize("arithmetic", [None, pytest.param(backend.arithmetic(OPERATORS), marks=pytest.mark.slow)], ids=["float", "int8"])
 def test_fast_lowering_gives_the_same_file(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
     model = small_model()
     graph = captured(model, arithmetic)

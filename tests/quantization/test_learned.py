@@ -234,9 +234,7 @@ def test_onnx_convolutions_have_the_learned_ranges(model: GCViT, student: nn.Mod
 
 
 @pytest.mark.parametrize("backend", ["executorch", "openvino", "onnx"])
-def test_artifacts_answer_as_the_simulation(
-    backend: str, model: GCViT, calibrated: Calibrated, result: Calibrated, tmp_path: Path
-) -> None:
+def test_artifacts_answer_as_the_simulation(backend: str, model: GCViT, calibrated: Calibrated, result: Calibrated, tmp_path: Path) -> None:
     runtime = load_backend(backend)
     run = runtime.load(artifact(backend, model, result, tmp_path), 1)
     answers = np.concatenate([run(image[None]) for image in IMAGES])

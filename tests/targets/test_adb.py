@@ -109,9 +109,7 @@ def test_a_folder_that_cannot_be_made(phone: Phone, options: Options) -> None:
         pass
 
 
-def test_a_device_that_goes_while_it_runs(
-    pte_bundle: Bundle, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_goes_while_it_runs(pte_bundle: Bundle, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pte_bundle.golden_input()[:1]
     with start_adbd(tmp_path) as phone:
         monkeypatch.setenv("ADB_SERVER_SOCKET", phone.server)

@@ -15,7 +15,7 @@ from gcvit_edge.measure import benchmark_bundle
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import benchmark_table, machine_lines
 
-ABSENT = '''
+ABSENT = """
 from gcvit_edge.errors import UserError
 from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, cases, missing
 
@@ -24,14 +24,14 @@ HELP = "a device that is off"
 
 def connect(address, options):
     raise UserError("it does not answer; switch it on")
-'''
-EMULATED = '''
+"""
+EMULATED = """
 from gcvit_edge.targets.local import ADDRESS, Options, cases, connect, missing
 
 HELP = "this machine, as if it were emulated"
 MEASURES_TIME = False
-'''
-PICKY = '''
+"""
+PICKY = """
 from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, connect, missing
 
 HELP = "runs openvino"
@@ -39,7 +39,7 @@ HELP = "runs openvino"
 
 def cases(artifacts, options):
     return []
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

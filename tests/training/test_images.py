@@ -48,9 +48,7 @@ def test_processes_that_read_ahead_give_the_same(colours: LabelledImages, zipped
                 archive.write(colours.images.root / file, file)
         colours = LabelledImages(find_images(tmp_path / "images.zip", "training"), colours.classes, colours.preprocessing)
     batches = [[5, 0, 33], [7, 38, 1], [2, 2]]
-    here, elsewhere = (
-        list(loader(Samples(colours, HEAVY, seed=4), batches, torch.device("cpu"), workers)) for workers in (0, 2)
-    )
+    here, elsewhere = (list(loader(Samples(colours, HEAVY, seed=4), batches, torch.device("cpu"), workers)) for workers in (0, 2))
     assert [classes.tolist() for _, classes in here] == [[0, 0, 3], [0, 3, 0], [0, 0]]
     for a, b in zip(here, elsewhere, strict=True):
         assert torch.equal(a[0], b[0])

@@ -202,8 +202,11 @@ def test_frozen_stages_keep_their_weights(tiny: Tiny, tmp_path: Path) -> None:
     planned = job(tiny, tmp_path / "a.safetensors", freeze_stages=3, settings=TrainSettings(batch_size=8, epochs=1))
     before = {name: value.clone() for name, value in planned.model.state_dict().items()}
     network, _ = fit(planned.model, planned.data, planned.settings, planned.accelerator, state=planned.state)
-    changed = {name.split(".")[0] + name.split(".")[1] * name.startswith("stages") for name, value in network.state_dict().items()
-               if not torch.equal(value, before[name])}
+    changed = {
+        name.split(".")[0] + name.split(".")[1] * name.startswith("stages")
+        for name, value in network.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert changed == {"stages3", "head"}
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from training_checks import assert_same, interrupt_after
 
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.model.gcvit import GCViT
@@ -20,37 +20,9 @@ Runner = Callable[..., tuple[nn.Module, list[Epoch]]]
 Maker = Callable[..., GCViT]
 
 
-def tensors(value: Any, name: str = "") -> dict[str, Any]:
-    """All that a saved state holds, by name, without the times."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for part, inner in items for key, leaf in tensors(inner, f"{name}/{part}").items()}
-    return {} if name.endswith("/seconds") else {name: value}
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Equal to the bit."""
-    a, b = tensors(a), tensors(b)
-    assert set(a) == set(b)
-    for name, value in a.items():
-        assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
-
-
 def logits(model: nn.Module, data: LabelledImages) -> Tensor:
     with torch.no_grad():
         return model.eval()(torch.stack([Samples(data)[index][0] for index in range(len(data))]))
-
-
-def interrupt_after(model: nn.Module, passes: int) -> None:
-    """Makes a network end like a press of Ctrl-C in a forward pass."""
-    seen: list[None] = []
-
-    def count(module: nn.Module, inputs: Any) -> None:
-        seen.append(None)
-        if len(seen) > passes:
-            raise KeyboardInterrupt
-
-    model.register_forward_pre_hook(count)
 
 
 def test_the_loss_falls_and_the_average_classifies(small_model: Maker, run: Runner, colours: LabelledImages) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_loop import assert_same, interrupt_after
 from tiny import CLASSES, Tiny, make_tiny
 from torch import Tensor, nn
+from training_checks import assert_same, interrupt_after
 
 from gcvit_edge.bundle import Bundle, open_bundle, sha256
 from gcvit_edge.cli import main
@@ -159,9 +159,7 @@ def test_ranges_have_their_own_learning_rate(calibrated: Calibrated) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_same_to_the_bit(
-    tune: Tune, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_the_same_to_the_bit(tune: Tune, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gcvit_edge.training.loop.SAVE_SECONDS", 0)  # every step
     whole, report = tune("whole", precision=precision)
 
