@@ -1,6 +1,6 @@
 """gcvit-edge: GC ViT on phones, boards, browsers and servers, in INT8, with the accuracy and the speed measured.
 
-    from gcvit_edge import create_model, quantize, open_bundle
+from gcvit_edge import create_model, quantize, open_bundle
 """
 
 from importlib import import_module

@@ -74,15 +74,19 @@ def plan_analysis(
             Path(recipe).write_text(bundle.manifest.recipe.text, encoding="utf-8")
     recipe = recipe or "int8_ptq"
     if parse_recipe(recipe_text(recipe), recipe).qat is not None:
-        raise UserError(f"{recipe} fine-tunes, and what came of that is in its artifacts only; analyze looks at what calibration gives, so "
-                        "choose a --recipe without a section `qat`")
+        raise UserError(
+            f"{recipe} fine-tunes, and what came of that is in its artifacts only; analyze looks at what calibration gives, so "
+            "choose a --recipe without a section `qat`"
+        )
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib,
         eval=eval, backends=backends, threads=threads, output=scratch / "no bundle is made",
     )  # fmt: skip
     if bundle is not None and job.info.config != bundle.info.config:
-        raise UserError(f"the bundle is of {bundle.info.name} ({bundle.info.origin.source}), but these weights are of {job.info.name} in "
-                        "another shape; give --weights FILE that it was made from")
+        raise UserError(
+            f"the bundle is of {bundle.info.name} ({bundle.info.origin.source}), but these weights are of {job.info.name} in "
+            "another shape; give --weights FILE that it was made from"
+        )
     return job
 
 
@@ -130,9 +134,7 @@ def _backend(
     classes = job.classes[pixels.kept]
     shipped = [np.fromfile(file, np.uint8) for file in deployed.int8.files] if bundle else []
     known = measurements(name, calibrated, deployed.recipe, [*images, pixels.load()[: len(classes)], classes, *shipped])
-    compared = known.get(
-        "layer by layer", lambda: _layer_by_layer(deployed, job, calibrated, images[:COMPARED_IMAGES], work, steps)
-    )
+    compared = known.get("layer by layer", lambda: _layer_by_layer(deployed, job, calibrated, images[:COMPARED_IMAGES], work, steps))
     drifted = known.get("drift by class", lambda: _drift(deployed, job, pixels, classes, steps))
     with steps.step(f"{name}: time", 2 * TIMED_ROUNDS) as advance:
         timings = time_artifacts([deployed.float, deployed.int8], images[0].shape, job.threads, TIMED_ROUNDS, advance)
@@ -180,8 +182,10 @@ def _check_weights(deployed: Deployed, bundle: Bundle, calibrated: "Calibrated")
     got = logits(simulate(deployed.backend, calibrated, deployed.recipe), [golden[i : i + 1] for i in range(len(golden))])
     found = sqnr_db(got, bundle.golden_logits(deployed.int8))
     if found < MIN_SQNR_DB["int8"]:
-        raise CheckFailed(f"{deployed.int8.name} of the bundle is not of these weights and calibration images: {found:.1f} dB between its "
-                          f"golden logits and theirs, expected {MIN_SQNR_DB['int8']:.0f}; give those that it was made from")
+        raise CheckFailed(
+            f"{deployed.int8.name} of the bundle is not of these weights and calibration images: {found:.1f} dB between its "
+            f"golden logits and theirs, expected {MIN_SQNR_DB['int8']:.0f}; give those that it was made from"
+        )
 
 
 def _without(

@@ -120,8 +120,10 @@ def check_output(output: Path, force: bool) -> None:
         return
     is_bundle = (output / MANIFEST).is_file() or (zipfile.is_zipfile(output) and MANIFEST in zipfile.ZipFile(output).namelist())
     if not force:
-        raise UserError(f"{output} exists" + (" and holds a bundle; give --force to replace it, or another --output" if is_bundle
-                                             else "; give another --output"))
+        raise UserError(
+            f"{output} exists"
+            + (" and holds a bundle; give --force to replace it, or another --output" if is_bundle else "; give another --output")
+        )
     if not is_bundle:
         raise UserError(f"{output} exists and is not a bundle, so --force does not replace it; give another --output")
 
@@ -267,8 +269,10 @@ class Bundle:
             got = session.infer(self.golden_input(), lambda: None)
         parity = check_parity(got, self.golden_logits(artifact), artifact.precision)
         if not parity.passed:
-            raise WrongAnswer(f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "
-                              "machine computes it wrongly")
+            raise WrongAnswer(
+                f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "
+                "machine computes it wrongly"
+            )
         return parity
 
 

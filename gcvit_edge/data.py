@@ -195,7 +195,6 @@ class ImageFolder:
         chosen = sorted(i for _, _, i in ranked[:count])
         return ImageFolder(self.root, tuple(self.files[i] for i in chosen), tuple(self.classes[i] for i in chosen))
 
-
     def without(self, others: "ImageFolder") -> "ImageFolder":
         """Those of its images that are not among `others`, of the same root."""
         kept = [i for i, file in enumerate(self.files) if file not in set(others.files)]
@@ -264,9 +263,7 @@ class Pixels:
         return np.load(self.file, mmap_mode="r")
 
 
-def decode_images(
-    images: ImageFolder, preprocessing: Preprocessing, file: Path, advance: Callable[[], object] = lambda: None
-) -> Pixels:
+def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path, advance: Callable[[], object] = lambda: None) -> Pixels:
     """Decodes, resizes and crops every image into the .npy `file`; calls `advance` after each.
 
     Raises:
@@ -296,6 +293,7 @@ def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: N
     Raises:
         UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
     """
+
     def probe(image: Image.Image) -> NDArray[np.uint8]:
         image.draft("RGB", (1, 1))  # for JPEG: all of the file is read, at an eighth of the resolution
         image.load()

@@ -30,8 +30,10 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     failed = [name for name, state in backends.items() if state.startswith("fails")]
     present = [feature["flag"] for feature in features if feature["present"]]
     fast = any(flag in present for flag in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"))
-    verdict = "INT8 runs on this CPU's own INT8 instructions." if fast else (
-        "This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here."
+    verdict = (
+        "INT8 runs on this CPU's own INT8 instructions."
+        if fast
+        else ("This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here.")
     )
     if failed:
         verdict += f" Not working: {', '.join(failed)}."

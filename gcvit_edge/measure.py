@@ -33,9 +33,7 @@ class _Site:
     emulated: bool
 
 
-def benchmark_bundle(
-    bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None
-) -> Report:
+def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None) -> Report:
     """Latency, load time, memory and parity of every artifact on every device, one device after the other.
 
     backends: None is all. An artifact whose answers are wrong is in the report like any other: see `Report.wrong`.
@@ -54,9 +52,7 @@ def benchmark_bundle(
     return _report(bundle, mode.name, [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices])
 
 
-def evaluate_bundle(
-    bundle: Bundle, devices: Sequence[Device], data: Path, steps: Steps, backends: Sequence[str] | None = None
-) -> Report:
+def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps: Steps, backends: Sequence[str] | None = None) -> Report:
     """Top-1 and top-5 of every artifact on the images of `data`, on every device; against float, where the bundle has it.
 
     Raises:

@@ -152,9 +152,7 @@ def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float3
     return list(inputs(pixels, job.info.preprocessing, len(pixels.kept)))
 
 
-def _make(
-    job: Job, name: str, calibrated: "Calibrated", held_out: HeldOut | None, work: Path, stage: Path, steps: Steps
-) -> Made:
+def _make(job: Job, name: str, calibrated: "Calibrated", held_out: HeldOut | None, work: Path, stage: Path, steps: Steps) -> Made:
     """Float and INT8 artifact of one backend."""
     with steps.step(f"{name}: export float"):
         float_artifact = lower_float(name, job.model, job.info, stage if job.keep_float else work)
@@ -186,9 +184,7 @@ def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Ste
     timed = [artifact for each in made for artifact in (each.float, each.int8)]
     with steps.step("time", TIMED_ROUNDS * len(timed)) as advance:
         timings = time_artifacts(timed, shape, job.threads, TIMED_ROUNDS, advance)
-    entries = [
-        _entry(job, stage, each, logits[i], reference, classes, timings[2 * i], timings[2 * i + 1]) for i, each in enumerate(made)
-    ]
+    entries = [_entry(job, stage, each, logits[i], reference, classes, timings[2 * i], timings[2 * i + 1]) for i, each in enumerate(made)]
     return {
         "model": job.info.name,
         "recipe": job.recipe.name,
@@ -206,8 +202,10 @@ def _check_float(artifact: Artifact, first: Artifact, pixels: Pixels, preprocess
     with Session(artifact, threads=1) as session:
         parity = sqnr_db(session.run(pixels, preprocessing, 0, count, lambda: None), reference[:count])
     if parity < MIN_FLOAT_PARITY_DB:
-        raise CheckFailed(f"the float artifacts {artifact.name} and {first.name} disagree: {parity:.1f} dB, expected at least "
-                          f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken")
+        raise CheckFailed(
+            f"the float artifacts {artifact.name} and {first.name} disagree: {parity:.1f} dB, expected at least "
+            f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken"
+        )
 
 
 def _entry(

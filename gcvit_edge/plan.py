@@ -86,8 +86,10 @@ def plan(
     for name in names:
         able = load_backend(name).PRECISIONS
         if parsed.precision not in able:
-            raise UserError(f"recipe {parsed.name} wants {parsed.precision}, which backend {name} cannot make (it makes "
-                            f"{', '.join(sorted(able))}); give --backends without it")
+            raise UserError(
+                f"recipe {parsed.name} wants {parsed.precision}, which backend {name} cannot make (it makes "
+                f"{', '.join(sorted(able))}); give --backends without it"
+            )
     threads = resolve_threads(threads)
     sample = weights is None and (model is None or isinstance(model, str))
     if sample and parsed.search:  # which wants more images than calibration does
@@ -98,8 +100,10 @@ def plan(
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
     classes = class_indices(evaluation, info.labels)
     if len(calibration.files) < MIN_CALIBRATION_IMAGES:
-        raise UserError(f"{calib} has {len(calibration.files)} calibration images; give at least {MIN_CALIBRATION_IMAGES}, "
-                        f"better the {parsed.calibration.images} that the recipe wants")
+        raise UserError(
+            f"{calib} has {len(calibration.files)} calibration images; give at least {MIN_CALIBRATION_IMAGES}, "
+            f"better the {parsed.calibration.images} that the recipe wants"
+        )
     target = bundle_path(output, f"{info.name}.{parsed.name}", zip)
     check_output(target, force)
     selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
@@ -153,30 +157,36 @@ def _image_folders(sample: bool, calib: str | Path | None, eval: str | Path | No
         return Path(calib or resource_dir("calib") / "calib.zip"), Path(eval or resource_dir("calib") / "eval.zip")
     if calib is None or eval is None:
         missing = "--calib" if calib is None else "--eval"
-        raise UserError(f"a model of your own needs {missing} DIR: a folder (or .zip) of your images, one sub-folder a class; "
-                        "calibration sets the INT8 ranges, evaluation measures what they cost")
+        raise UserError(
+            f"a model of your own needs {missing} DIR: a folder (or .zip) of your images, one sub-folder a class; "
+            "calibration sets the INT8 ranges, evaluation measures what they cost"
+        )
     return Path(calib), Path(eval)
 
 
-def _training_folder(
-    recipe: Recipe, sample: bool, train: str | Path | None, eval: Path, device: str | None, resume: bool
-) -> Path | None:
+def _training_folder(recipe: Recipe, sample: bool, train: str | Path | None, eval: Path, device: str | None, resume: bool) -> Path | None:
     """The images to fine-tune on, if the recipe does that."""
     if recipe.qat is None:
         given = {"--train": train is not None, "--device": device is not None, "--resume": resume}
         if any(given.values()):
             flag = next(flag for flag in given if given[flag])
-            raise UserError(f"{flag} is for recipes that fine-tune, such as int8_qat, but {recipe.name} has no section `qat`; "
-                            "leave it out, or choose another --recipe")
+            raise UserError(
+                f"{flag} is for recipes that fine-tune, such as int8_qat, but {recipe.name} has no section `qat`; "
+                "leave it out, or choose another --recipe"
+            )
         return None
     if train is None:
         if not sample:
-            raise UserError("a model of your own needs --train DIR: a folder (or .zip) of your images to fine-tune on, one sub-folder "
-                            "a class, and other images than --eval; some thousand are plenty")
+            raise UserError(
+                "a model of your own needs --train DIR: a folder (or .zip) of your images to fine-tune on, one sub-folder "
+                "a class, and other images than --eval; some thousand are plenty"
+            )
         train = resource_dir("calib") / "train.zip"
     if Path(train).resolve() == eval.resolve():
-        raise UserError(f"--train and --eval are both {train}; accuracy on images that were trained on says nothing, so give other "
-                        "images to one of them")
+        raise UserError(
+            f"--train and --eval are both {train}; accuracy on images that were trained on says nothing, so give other "
+            "images to one of them"
+        )
     return Path(train)
 
 
@@ -185,8 +195,10 @@ def _held_out(recipe: Recipe, rest: ImageFolder, labels: Labels) -> ImageFolder:
     assert recipe.search is not None
     limit = recipe.limits.max_drop
     if limit <= 0:
-        raise UserError(f"{recipe.name} searches for a drop of at most {limit} points, but no number of images can show that none is "
-                        "lost; give a --max-drop over 0")
+        raise UserError(
+            f"{recipe.name} searches for a drop of at most {limit} points, but no number of images can show that none is "
+            "lost; give a --max-drop over 0"
+        )
     held_out = rest.select(recipe.search.images, recipe.calibration.seed)
     needed = images_that_show(limit)
     if len(held_out.files) < needed:
@@ -250,5 +262,3 @@ def describe_plan(job: Job) -> dict[str, Any]:
         "output": str(job.output),
         "threads": job.threads,
     }
-
-

@@ -97,9 +97,7 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
     return Measurements(cache_file(key))
 
 
-def rank(
-    name: str, calibrated: "Calibrated", recipe: Recipe, images: Sequence[NDArray[np.float32]], steps: Steps
-) -> list[Layer]:
+def rank(name: str, calibrated: "Calibrated", recipe: Recipe, images: Sequence[NDArray[np.float32]], steps: Steps) -> list[Layer]:
     """The layers that backend `name` rounds, in the order of the network, each measured alone on `images` (1, C, H, W)."""
     from gcvit_edge.quantization.sensitivity import exchange, rounded_layers, work
 

@@ -31,6 +31,7 @@ ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
 PACKAGES = ("openvino", "torch")
 
+
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
     return Form(norm="operator", attention="windows", gains=frozenset())

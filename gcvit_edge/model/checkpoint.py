@@ -65,8 +65,9 @@ def read_checkpoint(source: str) -> Checkpoint:
     config = infer_config(state, source)
     layout = "nvlabs" if nvlabs else "timm"
     derived = nvlabs or source.startswith(f"{HUB_PREFIX}timm/")
-    origin = Origin(source=Path(source).name if path == Path(source) else source, layout=layout,
-                    licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE)
+    origin = Origin(
+        source=Path(source).name if path == Path(source) else source, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE
+    )
     labels, preprocessing = _hub_config(path.parent) if side else (None, None)
     return Checkpoint(state, config, origin, None, labels, preprocessing)
 
@@ -103,8 +104,10 @@ def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
     if model.head is None:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
     elif have.num_classes != want.num_classes:
-        raise UserError(f"checkpoint {source} has {have.num_classes} classes, but {want.num_classes} were asked for; "
-                        f"leave num_classes out or set it to {have.num_classes}")
+        raise UserError(
+            f"checkpoint {source} has {have.num_classes} classes, but {want.num_classes} were asked for; "
+            f"leave num_classes out or set it to {have.num_classes}"
+        )
     for stage in range(len(want.depths)):
         for block in range(want.depths[stage]):
             key = f"stages.{stage}.blocks.{block}.attn.rel_pos.relative_position_bias_table"
@@ -206,8 +209,10 @@ def infer_config(state: State, source: str) -> GCViTConfig:
         head = state.get("head.fc.weight", state.get("head.fc.bias"))
     except (KeyError, ValueError, IndexError) as error:
         sample = ", ".join(list(state)[:3])
-        raise UserError(f"checkpoint {source} is no complete GC ViT in timm's or NVlabs' key layout: {error} is missing; "
-                        f"it has {len(state)} keys, such as {sample}") from error
+        raise UserError(
+            f"checkpoint {source} is no complete GC ViT in timm's or NVlabs' key layout: {error} is missing; "
+            f"it has {len(state)} keys, such as {sample}"
+        ) from error
     scaled = windows == [windows[3], windows[3], windows[3] * 2, windows[3]]
     return GCViTConfig(
         dim=dim,
@@ -246,8 +251,10 @@ def _download(source: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.pth", "*.pth.tar", "config.json"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
-                        "or download the file and give its path") from error
+        raise UserError(
+            f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
+            "or download the file and give its path"
+        ) from error
     found = [path for suffix in (".safetensors", ".pth", ".pth.tar") for path in sorted(folder.glob(f"*{suffix}"))]
     if not found:
         raise UserError(f"{name} on the Hugging Face hub holds no .safetensors or .pth file")

@@ -95,14 +95,14 @@ def load_model(
         raise UserError(f"checkpoint {weights} has no classifier head; quantization needs one")
     labels = labels or checkpoint.labels or Labels.of(str(index) for index in range(classes))
     if len(labels.names) != classes:
-        raise UserError(f"{len(labels.names)} labels were given for {classes} classes of {weights}; give one label a class, in the "
-                        "order of the logits")
+        raise UserError(
+            f"{len(labels.names)} labels were given for {classes} classes of {weights}; give one label a class, in the order of the logits"
+        )
     variant = found or "gcvit_custom"
     if preprocessing is None:
         preprocessing = checkpoint.preprocessing or _default_preprocessing(model.config, variant, checkpoint.origin)
     if preprocessing.size != model.config.img_size:
-        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {model.config.img_size}; "
-                        "make the two agree")
+        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {model.config.img_size}; make the two agree")
     info = ModelInfo(name=variant, config=config_dict(model.config), labels=labels, preprocessing=preprocessing, origin=checkpoint.origin)
     return model, info
 

@@ -274,9 +274,7 @@ class GCViT(nn.Module):
         # drop path grows linearly over all blocks of the network, as in the official training
         last = max(1, sum(config.depths) - 1)
         rates = [config.drop_path * index / last for index in range(sum(config.depths))]
-        self.stages = nn.ModuleList(
-            Stage(config, stage, [rates.pop(0) for _ in range(depth)]) for stage, depth in enumerate(config.depths)
-        )
+        self.stages = nn.ModuleList(Stage(config, stage, [rates.pop(0) for _ in range(depth)]) for stage, depth in enumerate(config.depths))
         self.head = Head(config.stage_dim(3), config.num_classes) if config.num_classes else None
         self.apply(_init_weights)
 

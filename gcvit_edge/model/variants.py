@@ -83,9 +83,7 @@ class GCViTConfig:
         return max(1, -(-(dim // 4) // self.se_multiple)) * self.se_multiple
 
 
-def _variant(
-    dim: int, depths: tuple[int, ...], mlp_ratio: float, layer_scale: float | None, img_size: int = 224
-) -> GCViTConfig:
+def _variant(dim: int, depths: tuple[int, ...], mlp_ratio: float, layer_scale: float | None, img_size: int = 224) -> GCViTConfig:
     heads = dim // 32  # heads are 32 wide in every official variant
     return GCViTConfig(
         dim=dim,

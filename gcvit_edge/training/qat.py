@@ -110,4 +110,3 @@ def groups(student: nn.Module, settings: QatSettings) -> Groups:
         for group in parameter_groups(student, settings.weight_decay)
     ]
     return [*others, {"params": ranges, "lr": settings.range_learning_rate, "weight_decay": 0.0}]
-

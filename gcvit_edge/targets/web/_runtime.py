@@ -49,8 +49,10 @@ def fetch_runtime() -> Path:
     """
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError("npm is not on PATH; install it (on Debian: apt install npm), or copy "
-                        f"{' and '.join(_FILES)} of onnxruntime-web {VERSION} to {cache_folder()}")
+        raise UserError(
+            "npm is not on PATH; install it (on Debian: apt install npm), or copy "
+            f"{' and '.join(_FILES)} of onnxruntime-web {VERSION} to {cache_folder()}"
+        )
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as folder:
         done = subprocess.run([npm, "pack", "--ignore-scripts", "--loglevel=error", f"onnxruntime-web@{VERSION}"],
                               cwd=folder, capture_output=True, text=True, check=False)  # fmt: skip
@@ -81,6 +83,8 @@ def unpack(package: Path) -> dict[str, bytes]:
     for name, expected in _FILES.items():
         found = hashlib.sha256(contents[name]).hexdigest()
         if found != expected:
-            raise UserError(f"{name} of {package.name} has sha256 {found[:12]}..., expected {expected[:12]}...; "
-                            "npm gave another package than was published: do not use it")
+            raise UserError(
+                f"{name} of {package.name} has sha256 {found[:12]}..., expected {expected[:12]}...; "
+                "npm gave another package than was published: do not use it"
+            )
     return contents
