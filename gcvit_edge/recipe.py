@@ -21,6 +21,7 @@ class Calibration(Section):
     images: int = Field(128, ge=1, strict=True, description="how many, spread evenly over the classes")
     seed: int = Field(0, strict=True, description="which ones")
     ranges: RangeMethod = Field("minmax", description="how a range follows from what was seen; see quantization/ranges.py")
+    unit_softmax: bool = Field(False, description="the output of the softmax has the range 0 to 1 (a fixed scale), whatever was seen")
 
 
 class Search(Section):
@@ -45,7 +46,9 @@ class Recipe(Section):
     precision: Precision = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
-    smoothing: bool = Field(True, description="scale channels so that one range fits them all, where that changes nothing else")
+    centering: bool = Field(True, description="channels of keys and values around 0; see quantization/centering.py")
+    smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
+    equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
     rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
     bias_correction: bool = Field(False, description="the mean error that rounded weights leave goes into biases")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")

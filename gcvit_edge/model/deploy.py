@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model import gcvit
-from gcvit_edge.model.folding import centred, fold_affine, fold_residual, linear
+from gcvit_edge.model.folding import centred, fold_affine, fold_residual, linear, scale_rows
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import NORM_EPS
 
@@ -96,9 +96,7 @@ class Gain(_Written):
 
     def fold(self, layer: nn.Linear | nn.Conv2d) -> None:
         """Moves the factor into the layer before it."""
-        layer.weight *= self.value.view(-1, *[1] * (layer.weight.ndim - 1))
-        if layer.bias is not None:
-            layer.bias.mul_(self.value)
+        scale_rows(layer, self.value)
         self.value.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:

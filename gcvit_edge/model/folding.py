@@ -33,3 +33,10 @@ def centred(conv: nn.Conv2d) -> nn.Conv2d:
     if conv.bias is not None:
         conv.bias -= conv.bias.mean()
     return conv
+
+
+def scale_rows(layer: nn.Linear | nn.Conv2d, factor: Tensor) -> None:
+    """Multiplies the outputs of a layer by `factor` (out,), in place."""
+    layer.weight *= factor.view(-1, *[1] * (layer.weight.ndim - 1))
+    if layer.bias is not None:
+        layer.bias.mul_(factor)

@@ -15,7 +15,7 @@ class Form:
     pointwise: 1x1 convolutions as a "linear" of tokens, where changing between tokens and feature maps is free, or as "conv", which
     leaves convolutional parts less often.
     gains: of layers of these kinds the outputs have a factor by channel behind them, which kernels that answer in integers want (see
-    quantization/smoothing.py); of others it is folded into the weights.
+    quantization/equalization.py); of others it is folded into the weights.
     """
 
     norm: Literal["operator", "products"] = "operator"

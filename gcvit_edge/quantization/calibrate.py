@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from gcvit_edge.model.deploy import deploy
+from gcvit_edge.quantization.centering import centre
+from gcvit_edge.quantization.equalization import equalize
 from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
@@ -28,8 +30,12 @@ class Calibrated:
 def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
     """Prepares the deploy form of `model` for `recipe`; `model` is not changed."""
     network = deploy(model)
+    if recipe.centering:
+        centre(network, images())
     if recipe.smoothing:
         smooth(network, images())
+    if recipe.equalization:
+        equalize(network, images())
 
     def small(name: str, channels: int) -> bool:
         return in_four_bits(name, channels, recipe.precision)
@@ -38,4 +44,7 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
         reconstruct(network, images, lambda name: small(name, network.get_submodule(name).in_features))  # type: ignore[arg-type]
     if recipe.bias_correction:
         correct_biases(network, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
-    return Calibrated(network, observe(network, images, recipe.calibration.ranges))
+    ranges = observe(network, images, recipe.calibration.ranges)
+    if recipe.calibration.unit_softmax:
+        ranges |= dict.fromkeys((place for place in ranges if place.endswith("attention.softmax")), (0.0, 1.0))
+    return Calibrated(network, ranges)

@@ -1,0 +1,55 @@
+"""Every algorithm has its switch in the recipe, and does what it is there for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.quantization.calibrate import Calibrated, calibrate
+from gcvit_edge.recipe import Recipe
+
+IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
+OFF: dict[str, Any] = {"centering": False, "smoothing": False, "equalization": False}
+
+
+def calibrated(model: GCViT, **keys: Any) -> Calibrated:
+    return calibrate(model, Recipe.model_validate({"name": "x", "description": "x"} | OFF | keys), lambda: iter(IMAGES))
+
+
+def changed(model: GCViT, **keys: Any) -> set[str]:
+    """Kinds of tensors of the deploy form that a recipe with these keys changes."""
+    before, after = deploy(model).state_dict(), calibrated(model, **keys).network.state_dict()
+    return {".".join(name.split(".")[-2:]) for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def test_nothing_is_changed_with_everything_off(tiny_model: GCViT) -> None:
+    assert changed(tiny_model) == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "some", "others"),
+    [
+        ("centering", {"k.bias", "v.bias", "proj.bias"}, {"k.weight", "gain.value"}),
+        ("smoothing", {"norm1.weight", "fc1.weight", "proj.weight"}, {"fc2.weight", "q.bias"}),
+        ("equalization", {"q.weight", "k.weight", "fc2.weight", "gain.value"}, {"v.weight", "norm1.weight", "fc1.weight"}),
+        ("bias_correction", {"k.bias", "fc1.bias", "fc2.bias"}, {"fc1.weight"}),
+    ],
+)
+def test_switch(tiny_model: GCViT, key: str, some: set[str], others: set[str]) -> None:
+    found = changed(tiny_model, **{key: True})
+    assert some <= found
+    assert not others & found
+
+
+def test_a_fixed_range_of_the_softmax(tiny_model: GCViT) -> None:
+    seen, fixed = (calibrated(tiny_model, calibration={"unit_softmax": unit}).ranges for unit in (False, True))
+    places = {place for place in seen if place.endswith("softmax")}
+    assert len(places) == 8
+    assert {fixed[place] for place in places} == {(0.0, 1.0)}
+    assert all(seen[place][0] >= 0 and seen[place][1] < 1 for place in places)
+    assert {place: ends for place, ends in fixed.items() if place not in places} == {
+        place: ends for place, ends in seen.items() if place not in places
+    }

@@ -1,0 +1,60 @@
+"""Equalization: exact, and every channel of the outputs has one range."""
+
+import copy
+
+import pytest
+import torch
+from channel_checks import FORMS, IMAGES, check_logits_stay
+from torch import nn
+
+from gcvit_edge.model.deploy import Attention, Gain, rewrite
+from gcvit_edge.model.form import Form
+from gcvit_edge.quantization.channels import extremes, highest
+from gcvit_edge.quantization.equalization import equalize, outputs
+from gcvit_edge.quantization.smoothing import smooth
+
+
+@pytest.fixture(scope="module")
+def equalized(deployed: nn.Module) -> nn.Module:
+    network = copy.deepcopy(deployed)
+    equalize(network, IMAGES)
+    return network
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_logits_stay_in_every_form(deployed: nn.Module, equalized: nn.Module, form: Form) -> None:
+    check_logits_stay(equalized, deployed, form)
+
+
+@torch.no_grad()
+def test_outputs_have_one_range_by_channel(deployed: nn.Module, equalized: nn.Module) -> None:
+    spread = {}
+    for network in (deployed, equalized):
+        ends = extremes(network, {name: layer for name, layer, _ in outputs(network)}, IMAGES)
+        assert len(ends) == 4 + 2 * 7
+        spread[network] = [float(highest(each).max() / highest(each).min()) for each in ends.values()]
+    assert max(spread[equalized]) < 1.01 < 1.5 < min(spread[deployed])
+
+
+@torch.no_grad()
+def test_queries_and_keys_have_the_same_range_by_channel(equalized: nn.Module) -> None:
+    pairs = {name: module for name, module in equalized.named_modules() if isinstance(module, Attention) and module.q is not None}
+    assert len(pairs) == 4
+    for name, attention in pairs.items():
+        ends = extremes(equalized, {"q": attention.q, "k": attention.k}, IMAGES)
+        ratio = highest(ends["q"]) / highest(ends["k"])
+        assert ratio.max() / ratio.min() < 1.01, name
+
+
+def test_gains_that_a_form_does_not_want_are_folded(equalized: nn.Module) -> None:
+    smoothed = copy.deepcopy(equalized)
+    smooth(smoothed, IMAGES, strengths=(1.0,))  # which scales gates
+
+    def scaled(form: Form) -> list[str]:
+        return [name for name, each in rewrite(smoothed, form).named_modules() if isinstance(each, Gain) and each.scaled]
+
+    gates = scaled(Form(gains=frozenset()))
+    assert len(gates) > 4
+    assert all("downsample.conv_block" in name or "global_query" in name for name in gates)
+    assert len(scaled(Form(gains=frozenset({"conv"})))) == len(gates) + 4
+    assert len(scaled(Form())) == len(gates) + 4 + 2 * 7
