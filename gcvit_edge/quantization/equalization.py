@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gcvit_edge.model.deploy import Attention, Block, Downsample, Gain
-from gcvit_edge.model.folding import scale_rows
+from gcvit_edge.model.deploy.folding import scale_rows
 from gcvit_edge.quantization.channels import extremes, highest, scales
 
 

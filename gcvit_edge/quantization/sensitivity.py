@@ -1,6 +1,6 @@
 """How much each layer's rounding disturbs the logits: rounded alone in a float network, or alone left float in a rounded one.
 
-Measured without labels or gradients, as the SQNR of the logits. All layers of a part of the network (`model.parts`) share what is
+Measured without labels or gradients, as the SQNR of the logits. All layers of a part of the network (`model.deploy.parts`) share what is
 computed before it, so a layer costs the rest of a forward pass, not a whole one.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.measurements import Measurements
 from gcvit_edge.model.deploy import Point
-from gcvit_edge.model.parts import State, parts
+from gcvit_edge.model.deploy.parts import State, parts
 from gcvit_edge.parity import finite_db
 from gcvit_edge.progress import Advance
 from gcvit_edge.quantization.watch import watching

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Attention, Block, Downsample, MBConv, RMSNorm
-from gcvit_edge.model.folding import scale_rows
+from gcvit_edge.model.deploy.folding import scale_rows
 from gcvit_edge.quantization.channels import IMAGES, rows, scales
 from gcvit_edge.quantization.integers import Affine, IntegerWeight
 from gcvit_edge.quantization.watch import watching

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gcvit_edge.model.deploy import deploy, rewrite
+from gcvit_edge.model.deploy.parts import parts
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import GCViT
-from gcvit_edge.model.parts import parts
 
 FORMS = [Form(), Form(norm="products", attention="bmm", pointwise="conv"), Form(attention="operator", gains=frozenset({"conv"}))]
 

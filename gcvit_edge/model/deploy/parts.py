@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from gcvit_edge.model.deploy import _feature_map, _tokens
+from gcvit_edge.model.deploy.primitives import feature_map, tokens
 
 State = tuple[Tensor, ...]
 """What one part hands to the next: tokens, and inside a stage its global query too."""
@@ -27,19 +27,19 @@ def parts(deployed: nn.Module) -> list[Part]:
     Modules are looked up when a part runs, so layers may be exchanged between two runs.
     """
     network = cast(Any, deployed)
-    found = [Part("conv1", ("conv1",), lambda state: (_tokens(network.conv1(*state)),))]
+    found = [Part("conv1", ("conv1",), lambda state: (tokens(network.conv1(*state)),))]
     for index, stage in enumerate(network.stages):
         name = f"stages.{index}"
         found.append(Part(name, (f"{name}.downsample.", f"{name}.global_query."), _enter(stage)))
         found += [Part(f"{name}.blocks.{i}", (f"{name}.blocks.{i}.",), _block(stage, i)) for i in range(len(stage.blocks))]
-        found.append(Part(f"{name}.end", (), lambda state, stage=stage: (stage._reverse(state[0]),)))
+        found.append(Part(f"{name}.end", (), lambda state, stage=stage: (stage.reverse(state[0]),)))
     return [*found, Part("head", ("norm", "head"), lambda state: (_classify(network, *state),))]
 
 
 def _enter(stage: Any) -> Callable[[State], State]:
     def run(state: State) -> State:
         x = stage.downsample(*state)
-        return stage._partition(stage.centre(x)), stage.global_query(x)
+        return stage.partition(stage.centre(x)), stage.global_query(x)
 
     return run
 
@@ -49,5 +49,5 @@ def _block(stage: Any, index: int) -> Callable[[State], State]:
 
 
 def _classify(network: Any, x: Tensor) -> Tensor:
-    x = _feature_map(network.norm(x), network.size).mean((2, 3), keepdim=True)
+    x = feature_map(network.norm(x), network.size).mean((2, 3), keepdim=True)
     return network.head(x.reshape(-1, network.dim))
