@@ -56,6 +56,7 @@ def test_fast_lowering_gives_the_same_file(arithmetic: Arithmetic | None, tmp_pa
     assert (tmp_path / "model.pte").read_bytes() == plain
 
 
+@pytest.mark.slow
 def test_dynamic_linears_load_and_are_more_exact(tmp_path: Path) -> None:
     """They did not load in earlier forms (`XNNCompiler::compileModel failed`): a tensor of more than two axes before a dynamic linear."""
     model = small_model()
