@@ -51,6 +51,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     """Exports with PyTorch's exporter; dynamic linears become what ONNX Runtime fuses into DynamicQuantizeMatMul."""
     import torch
 
+    from gcvit_edge.backends._onnx_constants import fold_at_load
     from gcvit_edge.quantization.layers import dynamic_linear, grouped_linear  # defines the operators that are translated
 
     with torch.no_grad():
@@ -62,6 +63,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
         raise RuntimeError("torch.onnx.export returned no program")
     model = program.model_proto
     _pack_grouped_weights(model)
+    fold_at_load(model)
     return model
 
 

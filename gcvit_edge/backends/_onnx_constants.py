@@ -1,0 +1,50 @@
+"""Constants that are stored in INT8 and used in float: written so that ONNX Runtime converts them once, when it loads a model.
+
+It folds any operator on constants but DequantizeLinear, which it leaves for fusions with integer kernels and runs again in every
+inference: for the position biases and gates of GC ViT-XXT that was 4 % of the time. Cast and Mul are folded.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+
+def fold_at_load(model: "ModelProto") -> None:
+    """Replaces DequantizeLinear of symmetric INT8 initializers by Cast and Mul, in place, but for weights of quantized convolutions."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def of_integer_kernel(node: "NodeProto") -> bool:
+        maker = makers.get(node.input[0])
+        return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in tensors
+
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        constant = node.op_type == "DequantizeLinear" and node.input[0] in tensors
+        if not constant or any(of_integer_kernel(reader) for reader in readers[node.output[0]]):
+            nodes.append(node)
+            continue
+        scale = numpy_helper.to_array(tensors[node.input[1]])
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        rank = len(tensors[node.input[0]].dims)
+        shape = [-1 if index == axis else 1 for index in range(rank)] if scale.ndim else []
+        factor = numpy_helper.from_array(np.ascontiguousarray(scale.reshape(shape)), f"{node.output[0]}.scale")
+        graph.initializer.append(factor)
+        nodes.append(helper.make_node("Cast", [node.input[0]], [f"{node.output[0]}.values"], to=1))  # FLOAT
+        nodes.append(helper.make_node("Mul", [f"{node.output[0]}.values", factor.name], [node.output[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
