@@ -17,7 +17,7 @@ import pytest
 from gcvit_edge.targets._remote import RemoteOptions
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-ADBD = Path(__file__).parents[2] / "build" / "adbd"
+ADBD = Path(__file__).parents[1] / "build" / "adbd"
 
 
 def need(found: object, what: str) -> None:
