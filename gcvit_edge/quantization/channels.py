@@ -1,6 +1,7 @@
 """Channels of activations: what they hold over some calibration images, and the scales that make them alike."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import torch
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ def extremes(deployed: nn.Module, layers: Mapping[str, nn.Module], images: Itera
         found[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
 
     with watching(layers, widen):
-        for _, image in zip(range(IMAGES), images, strict=False):
+        for image in islice(images, IMAGES):
             deployed(torch.from_numpy(image))
     return found
 

@@ -14,6 +14,7 @@ The strength is searched at each place, off included, for the least error of wha
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def smooth(deployed: nn.Module, images: Iterable[NDArray[np.float32]], strengths
 
     images: each (B, C, H, W), of the calibration set; the first 32 are used. The logits stay what they are, up to rounding.
     """
-    images = [image for _, image in zip(range(IMAGES), images, strict=False)]
+    images = list(islice(images, IMAGES))
     found = list(places(deployed))
     seen = _observed(deployed, found, images)
     chosen = {}

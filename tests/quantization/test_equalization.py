@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from channel_checks import FORMS, IMAGES, check_logits_stay
+from channel_checks import IMAGES
 from torch import nn
 
 from gcvit_edge.model.deploy import Attention, Gain, rewrite
@@ -19,11 +19,6 @@ def equalized(deployed: nn.Module) -> nn.Module:
     network = copy.deepcopy(deployed)
     equalize(network, IMAGES)
     return network
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_logits_stay_in_every_form(deployed: nn.Module, equalized: nn.Module, form: Form) -> None:
-    check_logits_stay(equalized, deployed, form)
 
 
 @torch.no_grad()
