@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ HELP = "this machine's CPU, each artifact in a fresh Python process; runs every 
 ADDRESS = "none"
 MEASURES_TIME = True
 
+MIN_SHARE = 128  # images of a process: loading an artifact takes as long as some 50
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -99,15 +101,21 @@ def spread_cpus(topology: Path = _TOPOLOGY) -> list[int]:
 def run_artifacts(
     artifacts: "Sequence[Artifact]", pixels: "Pixels", preprocessing: "Preprocessing", advance: Callable[[], object]
 ) -> "list[NDArray[np.float32]]":
-    """Logits (N, classes) of every artifact on all images. Side by side, one thread each: the most images a second."""
-    count = len(pixels.kept)
+    """Logits (N, classes) of every artifact on all images. The images are divided among all CPUs, one thread each, which is the most
+    images a second: a layer's work divided among threads has to wait for the slowest of them at its end."""
+    import numpy as np
 
-    def run(artifact: "Artifact") -> "NDArray[np.float32]":
+    threads, count = default_threads(), len(pixels.kept)
+    share = max(MIN_SHARE, -(-count // threads))
+    starts = range(0, count, share)
+
+    def run(artifact: "Artifact", start: int) -> "NDArray[np.float32]":
         with Session(artifact, threads=1) as session:
-            return session.run(pixels, preprocessing, 0, count, advance)
+            return session.run(pixels, preprocessing, start, min(start + share, count), advance)
 
-    with ThreadPoolExecutor(default_threads()) as pool:
-        return list(pool.map(run, artifacts))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda each: run(*each), product(artifacts, starts)))
+    return [np.concatenate(parts[first : first + len(starts)]) for first in range(0, len(parts), len(starts))]
 
 
 def time_artifacts(

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from gcvit_edge.bundle import Bundle
+from gcvit_edge.data import Pixels
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.targets.local import Session, spread_cpus
+from gcvit_edge.targets import local
+from gcvit_edge.targets.local import Session, run_artifacts, spread_cpus
 
 
 def test_pinned_to_as_many_cpus_as_threads(bundle: Bundle) -> None:
@@ -53,6 +55,24 @@ def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
     assert memory["peak_rss_mb"] > ready["runtime_rss_mb"]
     logits = np.fromfile(tmp_path / "out.f32", "<f4").reshape(len(inputs), -1)
     np.testing.assert_allclose(logits, bundle.golden_logits(artifact), atol=1e-4)
+
+
+def test_images_are_divided_among_cpus(pte_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = list(pte_bundle.artifacts)
+    size = pte_bundle.info.preprocessing.size
+    images = np.random.default_rng(0).integers(0, 256, (7, *size, 3), np.uint8)
+    np.save(tmp_path / "pixels.npy", images)
+    pixels = Pixels(tmp_path / "pixels.npy", np.arange(7), ())
+    done: list[None] = []
+    together = run_artifacts(artifacts, pixels, pte_bundle.info.preprocessing, lambda: done.append(None))
+    assert len(done) == 7 * len(artifacts)
+    monkeypatch.setattr(local, "MIN_SHARE", 1)
+    monkeypatch.setattr(local, "default_threads", lambda: 3)
+    divided = run_artifacts(artifacts, pixels, pte_bundle.info.preprocessing, lambda: None)
+    for whole, parts in zip(together, divided, strict=True):
+        assert whole.shape == (7, len(pte_bundle.info.labels.names))
+        np.testing.assert_array_equal(whole, parts)
+    assert not np.array_equal(together[0], together[1])  # two runtimes, which round differently, are not mixed up
 
 
 def test_a_process_that_dies_says_why(bundle: Bundle) -> None:
