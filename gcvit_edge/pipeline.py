@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
-from gcvit_edge.bundle import Bundle, RecipeCopy, open_bundle, staged_bundle
+from gcvit_edge.bundle import Bundle, open_bundle
+from gcvit_edge.bundle.manifest import RecipeCopy
+from gcvit_edge.bundle.output import staged_bundle
+from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
 from gcvit_edge.machine import cpu_name
-from gcvit_edge.pack import pack
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.backends import load_backend
-from gcvit_edge.bundle import check_output
+from gcvit_edge.bundle.output import check_output
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, find_images
 from gcvit_edge.errors import UserError
 from gcvit_edge.evaluate import images_that_show

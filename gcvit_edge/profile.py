@@ -44,7 +44,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch.
     """
     from gcvit_edge.backends import load_backend
-    from gcvit_edge.bundle import GOLDEN_INPUT
+    from gcvit_edge.bundle.manifest import GOLDEN_INPUT
     from gcvit_edge.plan import resolve_threads
 
     artifacts = {artifact.precision: artifact for artifact in bundle.artifacts if artifact.backend == backend}

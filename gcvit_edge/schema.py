@@ -1,5 +1,6 @@
-"""Settings in YAML: sections that refuse what they do not know, and messages that say what is wrong."""
+"""Files that people write: settings in YAML whose sections refuse what they do not know, and messages that say what is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -57,7 +58,19 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {what} {path}: {error}; give a YAML text file in UTF-8") from error
+        raise UserError(f"cannot read {what} {path}: {error}; give a text file in UTF-8") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file; `what` is how error messages call it.
+
+    Raises:
+        UserError: the file is missing, no text in UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} file {path} is not JSON: {error}") from error
 
 
 def _explain(schema: type[BaseModel], detail: Any) -> str:

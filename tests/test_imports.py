@@ -13,8 +13,9 @@ import gcvit_edge
 PACKAGE = Path(gcvit_edge.__file__).parent
 BACKENDS = sorted(path.stem for path in (PACKAGE / "backends").glob("*.py") if not path.stem.startswith("_"))
 RUNTIMES = {"torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch"}
-LIGHT = ["data", "evaluate", "recipe", "bundle", "errors", "registry", "artifact", "machine", "measure", "timing", "parity", "result",
-         "devices", "model/info", "schema", "training/settings"]  # fmt: skip
+LIGHT = ["evaluate", "recipe", "errors", "registry", "artifact", "machine", "measure", "timing", "parity", "result", "devices", "cache",
+         "model/info", "schema", "training/settings", *(f"{package}/{path.stem}" for package in ("data", "bundle")
+         for path in sorted((PACKAGE / package).glob("*.py")))]  # fmt: skip
 
 
 def imported(nodes: list[ast.stmt]) -> Iterator[str]:

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gcvit_edge.cache import Measurements
 from gcvit_edge.evaluate import sqnr_db
-from gcvit_edge.measurements import Measurements
 from gcvit_edge.model.deploy import Point
 from gcvit_edge.model.deploy.parts import State, parts
 from gcvit_edge.parity import finite_db

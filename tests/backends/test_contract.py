@@ -8,7 +8,7 @@ import torch
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, backend_names, load_backend
-from gcvit_edge.bundle import sha256
+from gcvit_edge.bundle.manifest import sha256
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.model.create import create_model, describe_model

@@ -18,7 +18,8 @@ from tiny import CLASSES, Tiny, make_tiny
 from torch import Tensor, nn
 from training_checks import assert_same, interrupt_after
 
-from gcvit_edge.bundle import Bundle, open_bundle, sha256
+from gcvit_edge.bundle import Bundle, open_bundle
+from gcvit_edge.bundle.manifest import sha256
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
 from gcvit_edge.evaluate import sqnr_db

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from gcvit_edge import __version__
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
-from gcvit_edge.bundle import FORMAT_VERSION, GOLDEN_INPUT, File, Manifest, RecipeCopy, Role, describe_file, golden_output, write_manifest
+from gcvit_edge.bundle.manifest import (
+    FORMAT_VERSION,
+    GOLDEN_INPUT,
+    File,
+    Manifest,
+    RecipeCopy,
+    Role,
+    describe_file,
+    golden_output,
+    write_manifest,
+)
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.report.card import model_card
 from gcvit_edge.targets.local import Session

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gcvit_edge.measurements import Measurements, cache_file, digest
+from gcvit_edge.cache import Measurements, cache_file, digest
 
 
 def fails() -> Any:

@@ -1,159 +1,24 @@
-"""The bundle: a folder (or zip) with the artifacts of one model and all that an app needs to run and check them."""
+"""An opened bundle: its artifacts, what they predict, whether they are what was shipped."""
 
-import hashlib
 import json
-import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gcvit_edge.artifact import Artifact, Precision
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Runner, load_backend
+from gcvit_edge.bundle.manifest import GOLDEN_INPUT, MANIFEST, Manifest, golden_output, read_manifest, sha256
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.parity import Parity, check_parity
 from gcvit_edge.targets.local import Session, default_threads
-
-FORMAT_VERSION = 1
-MANIFEST = "bundle.json"
-GOLDEN_INPUT = "golden/input.npy"
-
-Role = Literal["artifact", "artifact_data", "golden", "labels", "preprocessing", "report", "card"]
-
-
-class File(BaseModel):
-    """One file of a bundle; path is relative to it, with forward slashes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    sha256: str
-    size_bytes: int
-    role: Role
-    backend: str | None = None
-    precision: Literal["float"] | Precision | None = None
-
-
-class RecipeCopy(BaseModel):
-    """The recipe that made the bundle, verbatim; None in `Manifest.recipe` for a float export."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    text: str
-
-
-class Manifest(BaseModel):
-    """The content of bundle.json. requirements: by backend; tools: versions that made it; results: those of report.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: int
-    model: ModelInfo
-    recipe: RecipeCopy | None
-    files: tuple[File, ...]
-    requirements: dict[str, dict[str, Any]]
-    tools: dict[str, str]
-    results: list[dict[str, Any]]
-    within_limits: bool | None
-
-
-@contextmanager
-def staged_bundle(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` (zipped, if that ends in .zip) when the body ends well, and
-    vanishes when it does not: there is never half a bundle.
-
-    Raises:
-        UserError: as `check_output`, or the folder of `output` cannot be written.
-    """
-    check_output(output, force)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
-    try:
-        stage = scratch / "new"
-        stage.mkdir()
-        yield stage
-        finished = stage
-        if output.suffix == ".zip":
-            finished = scratch / "new.zip"
-            _zip(stage, finished)
-        replaced = scratch / "old"
-        if output.exists():
-            output.rename(replaced)
-        try:
-            finished.rename(output)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _zip(root: Path, output: Path) -> None:
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(root.rglob("*")):
-            if path.is_file():
-                archive.write(path, path.relative_to(root).as_posix())
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Refuses an output that would overwrite something.
-
-    Raises:
-        UserError: `output` exists and is not an empty folder; with `force`, only if it is no bundle either.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    is_bundle = (output / MANIFEST).is_file() or (zipfile.is_zipfile(output) and MANIFEST in zipfile.ZipFile(output).namelist())
-    if not force:
-        raise UserError(
-            f"{output} exists"
-            + (" and holds a bundle; give --force to replace it, or another --output" if is_bundle else "; give another --output")
-        )
-    if not is_bundle:
-        raise UserError(f"{output} exists and is not a bundle, so --force does not replace it; give another --output")
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def describe_file(root: Path, path: Path, role: Role, artifact: Artifact | None = None) -> File:
-    """The manifest's entry for a file below `root`."""
-    return File(
-        path=path.relative_to(root).as_posix(),
-        sha256=sha256(path),
-        size_bytes=path.stat().st_size,
-        role=role,
-        backend=artifact.backend if artifact else None,
-        precision=artifact.precision if artifact else None,
-    )
-
-
-def golden_output(artifact: Artifact) -> str:
-    """Path in the bundle of an artifact's logits for the golden input."""
-    return f"golden/{artifact.name}.npy"
-
-
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Writes bundle.json."""
-    (root / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class Bundle:
@@ -291,20 +156,7 @@ def open_bundle(path: str | Path) -> Bundle:
         root = path
     else:
         raise UserError(f"{path} is no bundle; give a folder or zip that gcvit-edge quantize or export made")
-    manifest = root / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{path} holds no {MANIFEST}, so it is no bundle; give a folder that gcvit-edge quantize or export made")
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-        if isinstance(data, dict) and data.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path} has bundle format {data.get('format_version')}, this gcvit-edge reads {FORMAT_VERSION}; update it")
-        parsed = Manifest.model_validate(data)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{manifest} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
-    for file in parsed.files:
-        if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\\" in file.path:
-            raise UserError(f"{manifest} lists the file {file.path!r}, which lies outside the bundle; do not use it")
-    return Bundle(root, parsed)
+    return Bundle(root, read_manifest(root, path))
 
 
 _unpacked: list[tempfile.TemporaryDirectory[str]] = []

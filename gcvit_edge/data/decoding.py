@@ -1,0 +1,124 @@
+"""Image files decoded: all of a folder into one array on disk, or one into the network's input."""
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gcvit_edge.data.folder import IMAGE_SUFFIXES, ImageFolder
+from gcvit_edge.data.preprocessing import Preprocessing
+from gcvit_edge.errors import UserError
+
+MAX_UNREADABLE = 0.05  # fraction of images that may fail to decode before it is an error
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Resized and cropped images on disk, shared by all processes that run them.
+
+    file: .npy of (N, H, W, 3) uint8. kept: positions in the ImageFolder of the images that decoded. skipped: the names of
+    those that did not.
+    """
+
+    file: Path
+    kept: NDArray[np.int64]
+    skipped: tuple[str, ...]
+
+    def load(self) -> NDArray[np.uint8]:
+        """The pixels, mapped into memory."""
+        return np.load(self.file, mmap_mode="r")
+
+
+def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path, advance: Callable[[], object] = lambda: None) -> Pixels:
+    """Decodes, resizes and crops every image into the .npy `file`; calls `advance` after each.
+
+    Raises:
+        UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
+    """
+    height, width = preprocessing.size
+    out = np.lib.format.open_memmap(file, "w+", np.uint8, (len(images.files), height, width, 3))
+    kept, skipped = [], []
+    with ThreadPoolExecutor() as pool:
+        for position, pixels in enumerate(pool.map(decoder(images.root, preprocessing.pixels), images.files)):
+            advance()
+            if pixels is None:
+                skipped.append(images.files[position])
+            else:
+                out[len(kept)] = pixels
+                kept.append(position)
+    _check_skipped(images, skipped)
+    out.flush()
+    if skipped:
+        np.save(file, np.array(out[: len(kept)]))
+    return Pixels(file, np.array(kept, np.int64), tuple(skipped))
+
+
+def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: None) -> NDArray[np.int64]:
+    """Positions of the images that decode; calls `advance` after each.
+
+    Raises:
+        UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
+    """
+
+    def probe(image: Image.Image) -> NDArray[np.uint8]:
+        image.draft("RGB", (1, 1))  # for JPEG: all of the file is read, at an eighth of the resolution
+        image.load()
+        return np.empty(0, np.uint8)
+
+    kept, skipped = [], []
+    with ThreadPoolExecutor() as pool:
+        for position, found in enumerate(pool.map(decoder(images.root, probe), images.files)):
+            advance()
+            (skipped if found is None else kept).append(position)
+    _check_skipped(images, [images.files[position] for position in skipped])
+    return np.array(kept, np.int64)
+
+
+def _check_skipped(images: ImageFolder, skipped: list[str]) -> None:
+    if len(skipped) > max(1, MAX_UNREADABLE * len(images.files)) or len(skipped) == len(images.files):
+        raise UserError(
+            f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(skipped[:5])}"
+            + (", ..." if len(skipped) > 5 else "")
+            + "; repair or remove them"
+        )
+
+
+def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> Callable[[str], NDArray[np.uint8] | None]:
+    """A function from a name below `root`, a folder or a .zip, to what `convert` makes of the image; None if it does not decode."""
+    archive = None if root.is_dir() else zipfile.ZipFile(root)  # reads from several threads are safe
+
+    def decode(name: str) -> NDArray[np.uint8] | None:
+        try:
+            with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
+                return convert(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    return decode
+
+
+def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """One image file as the network's input, (1, 3, H, W) float32.
+
+    Raises:
+        UserError: the file is missing or does not decode.
+    """
+    if not path.is_file():
+        raise UserError(f"image {path} does not exist")
+    pixels = decoder(path.parent, preprocessing.pixels)(path.name)
+    if pixels is None:
+        raise UserError(f"image {path} does not decode; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return preprocessing.normalize(pixels)
+
+
+def inputs(pixels: Pixels, preprocessing: Preprocessing, count: int | None = None) -> Iterator[NDArray[np.float32]]:
+    """Network inputs (1, 3, H, W) float32 of the first `count` images (None: all), one at a time."""
+    for image in pixels.load()[:count]:
+        yield preprocessing.normalize(image)

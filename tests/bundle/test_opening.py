@@ -1,0 +1,93 @@
+"""What opening a bundle refuses, folder or zip."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from bundles import edit_manifest, zipped
+from tiny import Tiny
+
+from gcvit_edge import Bundle, open_bundle
+from gcvit_edge.errors import CheckFailed, UserError
+
+# opening
+
+
+@pytest.mark.parametrize("path", ["../outside.bin", "golden/../../outside.bin", "/etc/hostname", "..\\outside.bin"])
+def test_paths_that_lead_outside_are_refused(path: str, copy: Path) -> None:
+    edit_manifest(copy, lambda data: data["files"][0].update(path=path))
+    with pytest.raises(UserError, match="lies outside the bundle; do not use it"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"format_version": 1}', b'\xff\xfe{"format_version": 1}', b'{"format_version": 1, "files": 3}']
+)
+def test_damaged_manifest(content: bytes, copy: Path) -> None:
+    (copy / "bundle.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"bundle\.json is damaged: .*; get the bundle again"):
+        open_bundle(copy)
+
+
+def test_unknown_manifest_key(copy: Path) -> None:
+    edit_manifest(copy, lambda data: data.update(surprise=1))
+    with pytest.raises(UserError, match="is damaged"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize("version", [2, 99])
+def test_newer_format(version: int, copy: Path) -> None:
+    edit_manifest(copy, lambda data: data.update(format_version=version, new_key="of the new format"))
+    with pytest.raises(UserError, match=f"has bundle format {version}, this gcvit-edge reads 1; update it"):
+        open_bundle(copy)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is no bundle; give a folder or zip"):
+        open_bundle(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no bundle\.json, so it is no bundle"):
+        open_bundle(tmp_path)
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(UserError, match="file is no bundle"):
+        open_bundle(tmp_path / "file")
+
+
+# zip
+
+
+def test_zipped_bundle_opens_verifies_and_predicts_alike(bundle: Bundle, tiny: Tiny, tmp_path: Path) -> None:
+    opened = open_bundle(zipped(bundle.root, tmp_path / "bundle.zip"))
+    assert opened.manifest == bundle.manifest
+    assert opened.verify()["onnx.int8"].sqnr_db > 60
+    images = [tiny.image("red"), tiny.image("blue")]
+    assert opened.predict(images) == bundle.predict(images)
+
+
+def test_truncated_zip(bundle: Bundle, tmp_path: Path) -> None:
+    file = zipped(bundle.root, tmp_path / "bundle.zip")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"bundle\.zip is no bundle"):
+        open_bundle(file)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_with_damaged_content(method: int, bundle: Bundle, tmp_path: Path) -> None:
+    file = zipped(bundle.root, tmp_path / "bundle.zip", method)
+    with zipfile.ZipFile(file) as archive:
+        entry = archive.getinfo("model.int8.onnx")
+    data = bytearray(file.read_bytes())
+    middle = entry.header_offset + entry.compress_size // 2
+    data[middle : middle + 400] = b"\xff" * 400
+    file.write_bytes(data)
+    with pytest.raises((UserError, CheckFailed), match=r"bundle\.zip"):
+        open_bundle(file).verify()
+
+
+def test_zip_members_stay_inside(bundle: Bundle, tmp_path: Path) -> None:
+    file = zipped(bundle.root, tmp_path / "bundle.zip")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("../../escaped.txt", "x")
+    opened = open_bundle(file)
+    assert not list(opened.root.parent.glob("escaped.txt"))
+    with pytest.raises(CheckFailed, match=r"does not list: escaped\.txt"):
+        opened.verify()

@@ -1,0 +1,124 @@
+"""Decoding: every image, or a message that names those that do not decode."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import noise, save_all, zipped
+from PIL import Image
+
+from gcvit_edge.data import Preprocessing, decode_images, find_images, inputs, read_image
+from gcvit_edge.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+SMALL = Preprocessing(size=(8, 8), resize=8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    save_all(root, {f"{name}/{i:02}.png": noise(9 + i, 8, seed=i) for i, name in enumerate("abcd" * 6)})
+    return root
+
+
+def test_decoded_pixels_are_those_of_each_image(photos: Path, tmp_path: Path) -> None:
+    images = find_images(photos, "evaluation")
+    ticks: list[int] = []
+    pixels = decode_images(images, SMALL, tmp_path / "p.npy", lambda: ticks.append(1))
+    loaded = pixels.load()
+    assert isinstance(loaded, np.memmap)
+    assert loaded.shape == (24, 8, 8, 3)
+    assert loaded.dtype == np.uint8
+    assert len(ticks) == 24
+    assert pixels.kept.tolist() == list(range(24))
+    assert pixels.skipped == ()
+    for row, file in zip(loaded, images.files, strict=True):
+        np.testing.assert_array_equal(row, SMALL.pixels(Image.open(photos / file)))
+    fed = list(inputs(pixels, SMALL, 3))
+    assert len(fed) == 3
+    np.testing.assert_array_equal(fed[2], read_image(photos / images.files[2], SMALL))
+
+
+def test_zip_and_folder_give_equal_pixels(photos: Path, tmp_path: Path) -> None:
+    folder = decode_images(find_images(photos, "evaluation"), SMALL, tmp_path / "a.npy")
+    archive = decode_images(find_images(zipped(photos, tmp_path / "photos.zip"), "evaluation"), SMALL, tmp_path / "b.npy")
+    np.testing.assert_array_equal(folder.load(), archive.load())
+
+
+def test_an_unreadable_image_is_skipped_and_named(photos: Path, tmp_path: Path) -> None:
+    images = find_images(photos, "evaluation")
+    (photos / images.files[5]).write_bytes(b"not an image")
+    pixels = decode_images(images, SMALL, tmp_path / "p.npy")
+    assert pixels.skipped == (images.files[5],)
+    assert pixels.kept.tolist() == [i for i in range(24) if i != 5]
+    assert pixels.load().shape == (23, 8, 8, 3)
+    np.testing.assert_array_equal(pixels.load()[5], SMALL.pixels(Image.open(photos / images.files[6])))
+    np.testing.assert_array_equal(pixels.load()[22], SMALL.pixels(Image.open(photos / images.files[23])))
+
+
+def test_too_many_unreadable_images_are_an_error(photos: Path, tmp_path: Path) -> None:
+    images = find_images(photos, "evaluation")
+    for file in images.files[3:5]:
+        (photos / file).write_bytes((photos / file).read_bytes()[:40])
+    with pytest.raises(UserError, match=r"2 of 24 images in .*photos do not decode: ") as caught:
+        decode_images(images, SMALL, tmp_path / "p.npy")
+    assert all(file in str(caught.value) for file in images.files[3:5])
+
+
+def test_the_only_image_unreadable_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of 1 images"):
+        decode_images(find_images(tmp_path, "evaluation"), SMALL, tmp_path / "p.npy")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_member_of_a_zip_is_skipped(method: int, tmp_path: Path) -> None:
+    file = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for i in range(24):
+            archive.writestr(f"a/{i:02}.bmp", b"BM" + b"some text that compresses well " * 20 if i == 7 else _bmp(i))
+        start = archive.getinfo("a/07.bmp").header_offset + 30 + len("a/07.bmp")
+        length = archive.getinfo("a/07.bmp").compress_size
+    data = bytearray(file.read_bytes())
+    data[start : start + length] = b"\xff" * length
+    file.write_bytes(data)
+    pixels = decode_images(find_images(file, "evaluation"), SMALL, tmp_path / "p.npy")
+    assert pixels.skipped == ("a/07.bmp",)
+    assert pixels.load().shape[0] == 23
+
+
+def _bmp(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    noise(9, 9, seed).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "gif", "tif", "ppm"])
+def test_damaged_files_never_crash_the_decoder(suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    options = {"exif": exif} if suffix in ("jpg", "png", "webp", "tif") else {}
+    noise(20, 16).save(tmp_path / f"whole.{suffix}", **options)
+    whole = (tmp_path / f"whole.{suffix}").read_bytes()
+    generator = np.random.default_rng(0)
+    file = tmp_path / f"damaged.{suffix}"
+    for trial in range(60):
+        damaged = bytearray(whole[: generator.integers(len(whole))] if trial % 2 else whole)
+        for _ in range(1 if trial % 2 else 4):
+            if damaged:
+                damaged[generator.integers(min(len(damaged), 120))] = generator.integers(256)
+        file.write_bytes(damaged)
+        try:
+            assert read_image(file, SMALL).shape == (1, 3, 8, 8)
+        except UserError as error:
+            assert "does not decode" in str(error)  # noqa: PT017
+
+
+def test_read_image_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image .*none\.png does not exist"):
+        read_image(tmp_path / "none.png", SMALL)
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.png does not decode; supported: "):
+        read_image(tmp_path / "text.png", SMALL)

@@ -1,0 +1,113 @@
+"""Folders and archives of images: finding, classes, selecting."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from images import noise, save_all, zipped
+
+from gcvit_edge.data import ImageFolder, Labels, class_indices, find_images
+from gcvit_edge.errors import UserError
+
+FOLDERS = ("n01440764", "n01443537")
+NAMES = ("tench", "goldfish, Carassius auratus")
+
+
+# finding
+
+
+def test_folder_and_zip_list_the_same(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    save_all(root, {"b/2.png": noise(4, 4), "a/1.JPG": noise(4, 4), "a/deep/3.webp": noise(4, 4)})
+    (root / "a" / "notes.txt").write_text("no image")
+    (root / "empty").mkdir()
+    folder, archive = find_images(root, "evaluation"), find_images(zipped(root, tmp_path / "images.zip"), "evaluation")
+    assert folder.files == archive.files == ("a/1.JPG", "a/deep/3.webp", "b/2.png")
+    assert folder.classes == archive.classes == ("a", "a", "b")
+
+
+def test_images_in_the_root_have_no_class(tmp_path: Path) -> None:
+    save_all(tmp_path, {"1.png": noise(4, 4), "a/2.png": noise(4, 4)})
+    assert find_images(tmp_path, "calibration").classes == ("", "a")
+
+
+def test_missing_empty_and_neither(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"calibration folder .*nowhere does not exist; give a folder \(or \.zip\)"):
+        find_images(tmp_path / "nowhere", "calibration")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"evaluation folder .*empty holds no image \(\.bmp, "):
+        find_images(tmp_path / "empty", "evaluation")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(UserError, match="text is neither a folder nor a zip archive"):
+        find_images(tmp_path / "text", "evaluation")
+    with zipfile.ZipFile(tmp_path / "no_images.zip", "w") as archive:
+        archive.writestr("a/readme.txt", "x")
+    with pytest.raises(UserError, match="holds no image"):
+        find_images(tmp_path / "no_images.zip", "evaluation")
+
+
+# classes
+
+
+def image_folder(*classes: str) -> ImageFolder:
+    return ImageFolder(Path("val"), tuple(f"{c}/{i}.png" if c else f"{i}.png" for i, c in enumerate(classes)), classes)
+
+
+def test_class_indices_by_folder_and_by_name() -> None:
+    labels = Labels(names=NAMES, folders=FOLDERS)
+    indices = class_indices(image_folder(FOLDERS[1], NAMES[0], FOLDERS[0]), labels)
+    assert indices.tolist() == [1, 0, 0]
+    assert indices.dtype == np.int64
+    shirts = Labels(names=("Bag", "T-shirt/top"), folders=("n0", "n1"))
+    assert class_indices(image_folder("T-shirt_top", "n0"), shirts).tolist() == [1, 0]
+
+
+def test_unknown_folder_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"1 folders that are no class of the model: tullips \(did you mean 'tulips'\?\)"):
+        class_indices(image_folder("tulips", "tullips"), Labels.of(["daisy", "roses", "tulips"]))
+
+
+def test_unknown_folders_are_counted_and_the_classes_listed() -> None:
+    with pytest.raises(UserError, match="7 folders") as caught:
+        class_indices(image_folder(*"qwertyu"), Labels.of(f"class {i}" for i in range(12)))
+    assert "e, q, r, t, u." in str(caught.value)  # five of them
+    assert "The model's 12 classes: class 0, " in str(caught.value)
+    assert "class 9, ..." in str(caught.value)
+    assert "--labels" in str(caught.value)
+
+
+def test_images_outside_class_folders() -> None:
+    with pytest.raises(UserError, match=r"images outside class folders, such as 1\.png; lay them out as class/image"):
+        class_indices(image_folder("daisy", ""), Labels.of(["daisy"]))
+
+
+# selecting
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    count=st.integers(1, 80),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_select_is_balanced_within_one(sizes: list[int], count: int, seed: int) -> None:
+    images = image_folder(*(f"class{c}" for c, size in enumerate(sizes) for _ in range(size)))
+    chosen = images.select(count, seed)
+    assert len(chosen.files) == min(count, sum(sizes))
+    assert len(set(chosen.files)) == len(chosen.files)
+    assert [f.split("/")[0] for f in chosen.files] == list(chosen.classes)
+    taken = [chosen.classes.count(f"class{c}") for c in range(len(sizes))]
+    most = max(taken)
+    assert all(got == size or got >= most - 1 for got, size in zip(taken, sizes, strict=True))  # a class may run out
+
+
+def test_select_is_seeded_and_keeps_the_order() -> None:
+    images = image_folder(*(name for name in "abcd" for _ in range(50)))
+    first = images.select(20, 3)
+    assert first == images.select(20, 3)
+    assert first.files != images.select(20, 4).files
+    assert [images.files.index(f) for f in first.files] == sorted(images.files.index(f) for f in first.files)
+    assert {first.classes.count(name) for name in "abcd"} == {5}
