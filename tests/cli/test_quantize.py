@@ -1,0 +1,191 @@
+"""quantize: exit codes, messages, JSON, and nothing written when something is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import GOLDEN, Command, own, without
+from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny
+
+
+def test_dry_run_on_the_embedded_sample(command: Command, tmp_path: Path) -> None:
+    outcome = command("quantize", "--dry-run", "--json")
+    assert outcome.code == 0
+    planned = outcome.json
+    assert (planned["model"], planned["recipe"], planned["classes"]) == ("gcvit_xxtiny", "int8_ptq", 10)
+    assert (planned["calibration_images"], planned["evaluation_images"]) == (128, 2000)
+    assert planned["backends"] == ["executorch", "openvino", "onnx"]
+    assert planned["preprocessing"]["size"] == [224, 224]
+    assert planned["licence"] == "Apache-2.0"
+    assert planned["output"] == "gcvit_xxtiny.int8_ptq"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_on_own_model(command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    outcome = command("quantize", *own(tiny), "--dry-run", "--zip", "--threads", 1)
+    assert outcome.code == 0
+    assert "dry run: nothing was written" in outcome.out
+    assert f"calibration_images: {CALIBRATION_IMAGES}" in outcome.out
+    assert "output: gcvit_custom.tiny.zip" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    bundle, done = made
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # standard output is the JSON alone
+    assert report == json.loads((bundle / "report.json").read_text())
+    assert report["images"] == EVALUATION_IMAGES
+    assert report["artifacts"][0]["threads"] == 1
+    assert "done calibrate" in done.stderr
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert {path.name for path in bundle.iterdir()} >= {"model.float.onnx", "model.int8.onnx"}
+
+
+def test_broken_limits_are_exit_3(command: Command, tiny: Tiny, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcvit_edge.artifact import Artifact
+    from gcvit_edge.pipeline import Made
+
+    def made_before(job: object, name: str, calibrated: object, held_out: object, work: Path, stage: Path, steps: object) -> Made:
+        before = Path(shutil.copy(bundle / "model.float.onnx", work))
+        after = Path(shutil.copy(bundle / "model.int8.onnx", stage))
+        return Made(Artifact("onnx", "float", before, (before,)), Artifact("onnx", "int8", after, (after,)))
+
+    monkeypatch.setattr("gcvit_edge.pipeline._make", made_before)  # measuring and packing are real
+    recipe = tmp_path / "strict.yaml"
+    recipe.write_text("name: strict\ndescription: impossible\ncalibration: {images: 16}\nlimits: {max_drop: -100, min_agreement: 1}\n")
+    outcome = command("quantize", *without(own(tiny), "--recipe"), "--recipe", recipe, "-o", "out", "--json")
+    assert outcome.code == 3, outcome.err
+    assert "error: onnx: top-1 drop over -100.0 points or agreement below 100.0%, the limits of strict" in outcome.err
+    assert outcome.json["artifacts"][0]["within_limits"] is False
+    assert json.loads((tmp_path / "out" / "bundle.json").read_text())["within_limits"] is False
+
+
+def test_quantize_refuses_names(command: Command, tiny: Tiny) -> None:
+    assert "unknown model 'gcvit_xxtinny'; did you mean 'gcvit_xxtiny'?" in command.refuses("quantize", "--model", "gcvit_xxtinny")
+    assert "only gcvit_xxtiny comes with weights; give --weights" in command.refuses("quantize", "--model", "gcvit_tiny")
+    assert "unknown recipe 'int8_pt'; did you mean 'int8_ptq'?" in command.refuses("quantize", "--recipe", "int8_pt")
+    assert "unknown backend 'onxx'; did you mean 'onnx'?" in command.refuses("quantize", "--backends", "openvino", "onxx")
+    assert "recipe file none.yaml does not exist" in command.refuses("quantize", "--recipe", "none.yaml")
+    assert "threads must be at least 1, got 0" in command.refuses("quantize", *own(tiny), "--threads", 0)
+
+
+def test_quantize_refuses_a_broken_recipe(command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndescription: x\ncalibraton: {images: 5}\n")
+    message = command.refuses("quantize", *without(own(tiny), "--recipe"), "--recipe", "mine.yaml")
+    assert "unknown key 'calibraton'; did you mean 'calibration'?" in message
+
+
+def test_quantize_refuses_images(command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    rest = without(own(tiny), "--calib")
+    assert "a model of your own needs --calib DIR" in command.refuses("quantize", *rest)
+    assert "needs --eval DIR" in command.refuses("quantize", *without(own(tiny), "--eval"))
+    assert "calibration folder nowhere does not exist" in command.refuses("quantize", *rest, "--calib", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "calibration folder empty holds no image" in command.refuses("quantize", *rest, "--calib", "empty")
+    shutil.copytree(tiny.calib, tmp_path / "few")
+    for colour in CLASSES:
+        for image in list((tmp_path / "few" / colour).iterdir())[3:]:
+            image.unlink()
+    message = command.refuses("quantize", *rest, "--calib", "few")
+    assert "few has 12 calibration images; give at least 16, better the 24 that the recipe wants" in message
+
+
+def test_quantize_refuses_folders_that_are_no_classes(command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.evaluation, tmp_path / "val")
+    (tmp_path / "val" / "yellow").rename(tmp_path / "val" / "yelow")
+    message = command.refuses("quantize", *without(own(tiny), "--eval"), "--eval", "val")
+    assert "val has 1 folders that are no class of the model: yelow (did you mean 'yellow'?)" in message
+
+
+@pytest.mark.parametrize(("count", "given"), [(3, "3 labels were given for 4 classes"), (5, "5 labels were given for 4 classes")])
+def test_quantize_refuses_labels_of_another_number(count: int, given: str, command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("".join(f"class {i}\n" for i in range(count)))
+    assert given in command.refuses("quantize", *own(tiny), "--labels", "labels.txt")
+
+
+def test_quantize_refuses_checkpoints(command: Command, tiny: Tiny, tmp_path: Path) -> None:
+    rest = without(own(tiny), "--weights")
+    other = GOLDEN / "timm_plain.safetensors"
+    message = command.refuses("quantize", *rest, "--weights", other, "--model", "gcvit_tiny")
+    assert "timm_plain.safetensors is not of the requested variant" in message
+    whole = tiny.weights.read_bytes()
+    for name, content in (("half.safetensors", whole[: len(whole) // 2]), ("half.pth", b"PK\x03\x04" + bytes(100)), ("no.pth", b"")):
+        (tmp_path / name).write_bytes(content)
+        message = command.refuses("quantize", *rest, "--weights", name)
+        assert f"checkpoint {name} is truncated or no" in message
+        assert "download it again" in message
+    assert "checkpoint none.pth does not exist" in command.refuses("quantize", *rest, "--weights", "none.pth")
+    assert "4 classes, but 7 were asked for" in command.refuses("quantize", *own(tiny), "--num-classes", 7)
+
+
+def test_quantize_refuses_outputs(command: Command, tiny: Tiny, bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "mine")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"x")
+    assert "mine exists and holds a bundle; give --force" in command.refuses("quantize", *own(tiny), "-o", "mine")
+    assert "notes.txt exists; give another --output" in command.refuses("quantize", *own(tiny), "-o", "notes.txt")
+    assert "photos exists and is not a bundle" in command.refuses("quantize", *own(tiny), "-o", "photos", "--force")
+    assert "cannot write to notes.txt" in command.refuses("quantize", *own(tiny), "-o", "notes.txt/bundle")
+
+
+def test_baseline_no_better_than_chance_is_exit_4(command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcvit_edge import pipeline
+
+    guesses = np.tile(np.eye(4, dtype=np.float32), (EVALUATION_IMAGES // 4, 1))
+    monkeypatch.setattr(pipeline, "_make", lambda *_: pipeline.Made(None, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(pipeline, "run_artifacts", lambda *_: [guesses, guesses])
+    outcome = command("quantize", *own(tiny), "-o", "out", "--json")
+    assert outcome.code == 4
+    assert outcome.out == ""
+    assert "the float model's top-1 is 25.0% on 40 images, no better than guessing (25.0%)" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_internal_error_is_exit_1_and_leaves_nothing(command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcvit_edge.pipeline._make", lambda *_: 1 / 0)
+    outcome = command("quantize", *own(tiny), "-o", "out")
+    assert outcome.code == 1
+    assert "ZeroDivisionError" in outcome.err
+    assert "internal error" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_exit_130_and_leaves_nothing(command: Command, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gcvit_edge.pipeline._make", interrupted)
+    outcome = command("quantize", *own(tiny), "-o", "out", "--json")
+    assert outcome.code == 130
+    assert outcome.out == ""
+    assert "interrupted; nothing was written" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_is_exit_130_and_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gcvit_edge", "quantize", *map(str, own(tiny)), "-o", "out"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = process.stderr.readline()  # the first finished step: the bundle is under way
+    time.sleep(0.5)
+    assert list(tmp_path.glob(".out.partial-*")), seen
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "interrupted; nothing was written" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+    assert list((tmp_path / "temporary").iterdir()) == []

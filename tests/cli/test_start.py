@@ -1,0 +1,109 @@
+"""Starting: nothing heavy is loaded, help teaches, bad usage is exit 2; recipes and doctor."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import Command, gcvit
+
+from gcvit_edge.cli import main
+from gcvit_edge.recipe import recipe_text
+
+VERBS = (
+    "analyze", "benchmark", "build-runner", "convert", "doctor", "evaluate", "export", "predict", "profile", "quantize", "recipes", "train",
+    "verify",
+)  # fmt: skip
+HEAVY = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "scipy", "pandas", "PIL", "numpy")
+
+
+def python(code: str, **environment: str) -> str:
+    switches = ("ORT_DISABLE_TELEMETRY", "NNCF_CI", "HF_HUB_DISABLE_TELEMETRY")
+    clean = {key: value for key, value in os.environ.items() if key not in switches}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=clean | environment
+    ).stdout.strip()
+
+
+def test_parser_loads_nothing_heavy() -> None:
+    code = f"import sys, gcvit_edge.cli; gcvit_edge.cli.build_parser(); print([n for n in {HEAVY!r} if n in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_import_is_quick() -> None:
+    code = "import time; t = time.perf_counter(); import gcvit_edge; print(time.perf_counter() - t)"
+    assert min(float(python(code)) for _ in range(3)) < 0.5
+
+
+def test_import_switches_telemetry_off() -> None:
+    code = (
+        "import os, sys, gcvit_edge; print(*(os.environ.get(k) for k in "
+        "('ORT_DISABLE_TELEMETRY', 'NNCF_CI', 'HF_HUB_DISABLE_TELEMETRY')), sys.modules['openvino_telemetry'])"
+    )
+    assert python(code) == "1 1 1 None"
+    assert python(code, HF_HUB_DISABLE_TELEMETRY="0") == "1 1 0 None"  # who sets it decides
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: gcvit-edge {verb}")
+    assert "--json" in shown
+    assert "exit codes:" in shown
+
+
+def test_help_lists_the_verbs_and_version(tmp_path: Path) -> None:
+    shown = gcvit("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert all(f"\n    {verb}" in shown.stdout for verb in VERBS)
+    assert gcvit("--version", cwd=tmp_path).stdout.startswith("gcvit-edge ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [[], ["quantise"], ["quantize", "--bogus"], ["predict"], ["quantize", "--threads", "two"]])
+def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert "usage: gcvit-edge" in capsys.readouterr().err
+
+
+# recipes
+
+
+def test_recipes(command: Command) -> None:
+    listed = command("recipes", "list", "--json")
+    assert listed.code == 0
+    assert "int8_ptq" in [recipe["name"] for recipe in listed.json]
+    shown = command("recipes", "show", "int8_ptq", "--json")
+    assert shown.json["calibration"] == {"images": 128, "seed": 0, "ranges": "minmax", "unit_softmax": False}
+    assert "int8_ptq" in command("recipes", "list").out
+
+
+def test_shown_recipe_is_a_usable_file(command: Command, tmp_path: Path) -> None:
+    shown = command("recipes", "show", "int8_ptq").out
+    assert shown == recipe_text("int8_ptq")
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert command("recipes", "show", "mine.yaml", "--json").json == command("recipes", "show", "int8_ptq", "--json").json
+
+
+def test_recipes_refuse(command: Command) -> None:
+    assert "did you mean 'int8_ptq'?" in command.refuses("recipes", "show", "int8_ptqq")
+    assert "which recipe?" in command.refuses("recipes", "show")
+
+
+# doctor
+
+
+def test_doctor_quick(command: Command) -> None:
+    outcome = command("doctor", "--quick", "--json")
+    assert outcome.code == 0
+    assert outcome.json["packages"]["onnxruntime"].count(".") == 2
+    assert set(outcome.json["backends"]) == {"executorch", "onnx", "openvino"}
+    assert set(outcome.json["backends"].values()) == {"not tried"}
+    assert outcome.json["cpus"] >= 1
+    assert outcome.json["targets"]["local"] == "available"
