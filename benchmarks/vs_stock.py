@@ -131,8 +131,10 @@ def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes:
         ours, stock = folder / "ours", folder / f"stock-{runtime}"
         if not stock.exists():
             with steps.step(f"{runtime}: stock"):
-                stock.mkdir()
-                STOCK[runtime](theirs, images, stock)
+                unfinished = folder / f"unfinished-{runtime}"
+                unfinished.mkdir(exist_ok=True)
+                STOCK[runtime](theirs, images, unfinished)
+                unfinished.rename(stock)
         for precision in ("float", "int8"):
             if not (ours / load_backend(runtime).ARTIFACT.format(precision=precision)).exists():
                 with steps.step(f"{runtime}: our {precision}"):

@@ -36,7 +36,7 @@ PACKAGES = ("executorch", "torch", "torchao")
 
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
-    """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; and changing layouts costs it two copies."""
+    """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; 1x1 convolutions where feature maps are."""
     return Form(norm="products", attention="bmm", pointwise="conv")
 
 
@@ -66,8 +66,9 @@ def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     from gcvit_edge.backends._fast_lowering import fast_lowering
+    from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 
-    with fast_lowering():
+    with fast_lowering(), folded_layouts():
         config = EdgeCompileConfig(_check_ir_validity=False)  # what is not valid shows below, and when the file is run
         partitioner = XnnpackPartitioner(configs=_partitioner_configs())
         edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[partitioner], compile_config=config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gcvit_edge.backends import executorch as backend
+from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
@@ -50,10 +51,29 @@ def test_xnnpack_takes_the_float_deploy_form_of_xxt_as_one_delegate_call() -> No
 def test_fast_lowering_gives_the_same_file(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
     model = small_model()
     graph = captured(model, arithmetic)
-    calls, plain = lowered_plainly(graph)
+    with folded_layouts():
+        calls, plain = lowered_plainly(graph)
     assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
     backend.save(graph, tmp_path / "model.pte", describe_model(model))
     assert (tmp_path / "model.pte").read_bytes() == plain
+
+
+@pytest.mark.parametrize("arithmetic", [None, pytest.param(backend.arithmetic(OPERATORS), marks=pytest.mark.slow)], ids=["float", "int8"])
+def test_nothing_is_moved_between_tokens_and_feature_maps(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
+    graph = captured(small_model(), arithmetic)
+    _, plain = lowered_plainly(graph)
+    (tmp_path / "plain.pte").write_bytes(plain)
+    with folded_layouts():
+        _, folded = lowered_plainly(graph)
+    (tmp_path / "folded.pte").write_bytes(folded)
+    moved, logits = {}, {}
+    for name in ("plain", "folded"):
+        operators, _ = backend.profile(tmp_path / f"{name}.pte", 1, IMAGES[0], 1)
+        moved[name] = sum(operator.operator.startswith("Transpose") for operator in operators)
+        logits[name] = backend.load(tmp_path / f"{name}.pte", 1)(IMAGES[0])
+    np.testing.assert_array_equal(logits["plain"], logits["folded"])
+    # the image's; of q, k, v and the result of 6 blocks; of 2 stages' windows, and back; of the scores where one product serves all windows
+    assert moved["folded"] == 1 + 4 * 6 + 2 * 2 + 2 < moved["plain"]
 
 
 @pytest.mark.slow
