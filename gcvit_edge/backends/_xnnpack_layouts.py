@@ -24,7 +24,8 @@ from executorch.exir.dialects._ops import ops
 from executorch.exir.pass_base import PassResult
 from torch.fx import GraphModule, Node
 
-_COPY, _PERMUTE, _VIEW = ops.edge.aten._to_copy.default, ops.edge.aten.permute_copy.default, ops.edge.aten.view_copy.default
+_ATEN: Any = ops.edge.aten
+_COPY, _PERMUTE, _VIEW = _ATEN._to_copy.default, _ATEN.permute_copy.default, _ATEN.view_copy.default
 
 
 @contextmanager
@@ -69,8 +70,10 @@ def _unmoved(copy: Node) -> Node | None:
     assert isinstance(before, Node)
     if before.target == _PERMUTE:
         source, order = before.args
+        assert isinstance(source, Node)
+        assert isinstance(order, list)
         last = copy.kwargs["memory_format"] == torch.channels_last
         undone = [0, 3, 1, 2] if last else [0, 2, 3, 1]
-        return source if list(order) == undone and ChannelsLastTaggedReshapePass.is_nhwc_node(source) != last else None
+        return source if order == undone and ChannelsLastTaggedReshapePass.is_nhwc_node(source) != last else None
     _, channels, height, width = copy.meta["val"].shape
     return before if channels == 1 or height == width == 1 else None
