@@ -35,6 +35,17 @@ def test_least_error_keeps_a_range_without_outliers() -> None:
     assert (low, high) == pytest.approx((-1, 1), abs=0.05)
 
 
+def test_least_error_cuts_outliers_on_one_side_alone() -> None:
+    values = torch.nn.functional.gelu(
+        torch.from_numpy(np.append(np.tile(VALUES, 10), 12.0))
+    ).numpy()  # nearly all of the lower end is at -0.17
+    low, high = _least_error(*histogram(values))
+    assert low == pytest.approx(values.min(), rel=0.05)
+    assert 3 < high < 9
+    both = np.square(_rounded(values, values.min(), values.max()) - values).mean()
+    assert np.square(_rounded(values, low, high) - values).mean() < both / 2
+
+
 def test_least_divergence_cuts_a_lonely_outlier() -> None:
     low, high = _least_divergence(*histogram(np.append(VALUES, 400.0)))
     assert high < 200
