@@ -50,9 +50,7 @@ class Recipe(Section):
     smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
     equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
     rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
-    bias_correction: bool = Field(
-        False, description="the mean error that rounded weights leave goes into biases; adaptive rounding leaves none"
-    )
+    bias_correction: bool = Field(False, description="the mean error of rounded weights goes into biases; adaptive rounding leaves none")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
     search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]

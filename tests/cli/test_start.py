@@ -80,7 +80,7 @@ def test_recipes(command: Command) -> None:
     assert listed.code == 0
     assert "int8_ptq" in [recipe["name"] for recipe in listed.json]
     shown = command("recipes", "show", "int8_ptq", "--json")
-    assert shown.json["calibration"] == {"images": 128, "seed": 0, "ranges": "minmax", "unit_softmax": False}
+    assert shown.json["calibration"] == {"images": 128, "seed": 0, "ranges": "mse", "unit_softmax": False}
     assert "int8_ptq" in command("recipes", "list").out
 
 
