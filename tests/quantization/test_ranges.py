@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from gcvit_edge.model.deploy import Point
 from gcvit_edge.quantization.ranges import _least_divergence, _least_error, _percentile, _rounded, observe
+from gcvit_edge.recipe import RangeMethod
 
 VALUES = np.random.default_rng(0).standard_normal(200_000)
 BINS = 2048
@@ -50,6 +52,24 @@ def test_least_divergence_cuts_a_lonely_outlier() -> None:
     low, high = _least_divergence(*histogram(np.append(VALUES, 400.0)))
     assert high < 200
     assert low < -1
+
+
+@pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
+def test_places_that_hold_the_same_values_get_the_same_range(method: RangeMethod) -> None:
+    """Else XNNPACK refuses to move integers between them, and OpenVINO rounds once for each."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.point, self.left, self.right = nn.Linear(64, 96), Point(), nn.Linear(700, 4), nn.Linear(700, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = self.point(self.linear(x).T)
+            return self.left(turned) + self.right(turned)
+
+    images = [np.random.default_rng(seed).standard_normal((700, 64)).astype(np.float32) for seed in range(3)]
+    ranges = observe(Turned(), lambda: iter(images), method)
+    assert ranges["linear.output"] == ranges["point"] == ranges["left.input"] == ranges["right.input"]
 
 
 def test_methods_on_a_network() -> None:
