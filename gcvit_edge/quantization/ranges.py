@@ -75,7 +75,7 @@ def watched(deployed: nn.Module, note: Callable[[str, Tensor], None]) -> Abstrac
 
 
 def _histograms(deployed: nn.Module, images: Images, ranges: Ranges) -> dict[str, Histogram]:
-    """Counts (2048,) of the values at every place, from its lowest to its highest. Of all values, not of a sample: places that hold the same
+    """Counts (2048,) of the values at every place, from its lowest to its highest. Of all values, not a sample: places that hold the same
     values must get the same range, since XNNPACK moves integers only without changing them, and OpenVINO rounds once for q, k and v."""
     counts = {place: torch.zeros(_BINS, dtype=torch.float64) for place in ranges}
 
