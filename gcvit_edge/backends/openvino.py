@@ -137,7 +137,12 @@ def load(path: Path, threads: int) -> "Runner":
 def _compile(path: Path, threads: int, more: dict[str, Any]) -> "CompiledModel":
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": threads > 1,  # a single thread is pinned to the first CPU, that of every other such process
+    }
     return openvino.Core().compile_model(path, "CPU", options | more)
 
 

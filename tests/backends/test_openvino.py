@@ -4,6 +4,7 @@ import numpy as np
 import openvino
 import torch
 
+from gcvit_edge.backends import openvino as backend
 from gcvit_edge.data import Labels
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.model.create import create_model, describe_model
@@ -59,3 +60,10 @@ def test_model_info(tmp_path: Path) -> None:
     assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "Classification"
     means = [float(value) for value in model.get_rt_info(["model_info", "mean_values"]).astype(str).split()]
     np.testing.assert_allclose(means, [123.675, 116.28, 103.53])
+
+
+def test_a_single_thread_is_not_pinned(tmp_path: Path) -> None:
+    """Two processes with a thread each would be pinned to the same CPU, and evaluation takes twice as long."""
+    quantized(tmp_path)
+    path = next(tmp_path.rglob("*.xml"))
+    assert not backend._compile(path, 1, {}).get_property("ENABLE_CPU_PINNING")
