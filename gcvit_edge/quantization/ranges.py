@@ -5,8 +5,8 @@ How the range of a place follows from what was seen there (`RangeMethod`):
 - minmax: the extremes.
 - average: the mean over images of each image's extremes (NNCF's default).
 - percentile: what 99.99 % of the values lie in.
-- mse: the range of least squared error of rounding, each end searched for itself. What the recipes take: as good as the extremes where the
-  calibration images have no outlier, and 2 to 4 dB better where one has (benchmarks/NOTES.md).
+- mse: the range of least squared error of rounding, each end searched for itself. `int8_ptq` has it: where all scales are static, 2 to 4 dB
+  better than the extremes, the more the rarer a calibration image is (benchmarks/NOTES.md).
 - entropy: the range whose rounded distribution has the least Kullback-Leibler divergence (TensorRT, "8-bit inference", 2017).
 
 The last three work on a histogram of 2,048 bins, which takes a second pass over the images.
