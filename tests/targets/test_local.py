@@ -57,22 +57,19 @@ def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, bundle.golden_logits(artifact), atol=1e-4)
 
 
-def test_images_are_divided_among_cpus(pte_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifacts = list(pte_bundle.artifacts)
-    size = pte_bundle.info.preprocessing.size
-    images = np.random.default_rng(0).integers(0, 256, (7, *size, 3), np.uint8)
-    np.save(tmp_path / "pixels.npy", images)
+def test_images_are_divided_among_cpus(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, preprocessing = bundle.artifact("onnx"), bundle.info.preprocessing
+    np.save(tmp_path / "pixels.npy", np.random.default_rng(0).integers(0, 256, (7, *preprocessing.size, 3), np.uint8))
     pixels = Pixels(tmp_path / "pixels.npy", np.arange(7), ())
-    done: list[None] = []
-    together = run_artifacts(artifacts, pixels, pte_bundle.info.preprocessing, lambda: done.append(None))
-    assert len(done) == 7 * len(artifacts)
-    monkeypatch.setattr(local, "MIN_SHARE", 1)
+    with Session(artifact, 1) as session:
+        expected = session.run(pixels, preprocessing, 0, 7, lambda: None)
     monkeypatch.setattr(local, "default_threads", lambda: 3)
-    divided = run_artifacts(artifacts, pixels, pte_bundle.info.preprocessing, lambda: None)
-    for whole, parts in zip(together, divided, strict=True):
-        assert whole.shape == (7, len(pte_bundle.info.labels.names))
-        np.testing.assert_array_equal(whole, parts)
-    assert not np.array_equal(together[0], together[1])  # two runtimes, which round differently, are not mixed up
+    done: list[None] = []
+    for share in (128, 1):  # one process for all, and three with at most three images each
+        monkeypatch.setattr(local, "MIN_SHARE", share)
+        for logits in run_artifacts([artifact, artifact], pixels, preprocessing, lambda: done.append(None)):
+            np.testing.assert_array_equal(logits, expected)
+    assert len(done) == 2 * 2 * 7
 
 
 def test_a_process_that_dies_says_why(bundle: Bundle) -> None:
