@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,6 @@ def quantize(tiny: Tiny, output: Path, **options: Any) -> Bundle:
     return gcvit_edge.quantize(
         str(tiny.recipe), tiny.model, calib=tiny.calib, eval=tiny.evaluation, backends=["onnx"], output=output, **options
     )
-
-
-def zipped(root: Path, archive: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(archive, "w", method) as out:
-        for name in listing(root):
-            out.write(root / name, name)
-    return archive
 
 
 def listing(root: Path) -> list[str]:

@@ -18,8 +18,8 @@ def save_all(root: Path, files: dict[str, Image.Image]) -> None:
         image.save(root / name)
 
 
-def zipped(folder: Path, archive: Path) -> Path:
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
+def zipped(folder: Path, archive: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(archive, "w", method) as out:
         for path in sorted(folder.rglob("*")):
             out.write(path, path.relative_to(folder).as_posix())
     return archive

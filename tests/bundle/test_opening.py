@@ -4,7 +4,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bundles import edit_manifest, zipped
+from bundles import edit_manifest
+from images import zipped
 from tiny import Tiny
 
 from gcvit_edge import Bundle, open_bundle
