@@ -21,8 +21,8 @@ from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.data import Pixels, decode_images, find_images, inputs, read_labels
-from gcvit_edge.evaluate import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.plan import plan

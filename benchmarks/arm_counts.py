@@ -21,8 +21,8 @@ from vs_stock import build, calibration_inputs, network
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.errors import CheckFailed
+from gcvit_edge.measurement.parity import check_parity
 from gcvit_edge.native.build import executorch_package
-from gcvit_edge.parity import check_parity
 from gcvit_edge.plan import SAMPLE_MODEL
 from gcvit_edge.progress import Steps
 from gcvit_edge.targets import Case

@@ -24,7 +24,7 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
-from gcvit_edge.machine import cpu_name
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo

@@ -13,10 +13,10 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.evaluate import Classes, Logits, agreement, check_baseline, hits, paired_drop, sqnr_db
 from gcvit_edge.lower import lower_float, lower_network, lower_quantized, simulate, written
-from gcvit_edge.machine import cpu_name
-from gcvit_edge.parity import MIN_SQNR_DB, finite_db
+from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, hits, paired_drop, sqnr_db
+from gcvit_edge.measurement.machine import cpu_name
+from gcvit_edge.measurement.parity import MIN_SQNR_DB, finite_db
 from gcvit_edge.pipeline import ranking_images
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps

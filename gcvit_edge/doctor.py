@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gcvit_edge.backends import backend_names, load_backend
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_quantized
-from gcvit_edge.machine import cpu_name, int8_features
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.machine import cpu_name, int8_features
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names

@@ -15,9 +15,9 @@ from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_float
-from gcvit_edge.machine import cpu_name
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, timing_entry
 from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
 from gcvit_edge.progress import Steps

@@ -19,9 +19,9 @@ from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.evaluate import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
-from gcvit_edge.machine import cpu_name
+from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search

@@ -12,7 +12,7 @@ from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle.output import check_output
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, find_images
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import images_that_show
+from gcvit_edge.measurement.accuracy import images_that_show
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.recipe import Limits, Recipe, Search, parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir

@@ -25,8 +25,8 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.cache import Measurements, cache_file, digest
 from gcvit_edge.data import Pixels, Preprocessing
-from gcvit_edge.evaluate import Logits, compare, sqnr_db
 from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
+from gcvit_edge.measurement.accuracy import Logits, compare, sqnr_db
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import Limits, Recipe

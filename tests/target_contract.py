@@ -11,13 +11,13 @@ import pytest
 
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Pixels
-from gcvit_edge.devices import Device
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.measure import benchmark_bundle
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.measure import benchmark_bundle
+from gcvit_edge.measurement.result import Report
+from gcvit_edge.measurement.timing import Mode
 from gcvit_edge.progress import Steps
-from gcvit_edge.result import Report
 from gcvit_edge.targets import CHUNK_IMAGES, Case, load_target
-from gcvit_edge.timing import Mode
 
 BRIEF = Mode("quick", min_runs=6, min_seconds=0, runs_a_turn=3, together=True, score=50)
 

@@ -13,8 +13,8 @@ import gcvit_edge
 PACKAGE = Path(gcvit_edge.__file__).parent
 BACKENDS = sorted(path.stem for path in (PACKAGE / "backends").glob("*.py") if not path.stem.startswith("_"))
 RUNTIMES = {"torch", "torchvision", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "executorch"}
-LIGHT = ["evaluate", "recipe", "errors", "registry", "artifact", "machine", "measure", "timing", "parity", "result", "devices", "cache",
-         "model/info", "schema", "training/settings", *(f"{package}/{path.stem}" for package in ("data", "bundle")
+LIGHT = ["recipe", "errors", "registry", "artifact", "cache", "model/info", "schema", "training/settings",
+         *(f"{package}/{path.stem}" for package in ("data", "bundle", "measurement")
          for path in sorted((PACKAGE / package).glob("*.py")))]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_only_the_command_line_imports_the_command_line(path: Path) -> None:
         assert not within(everywhere(path), "gcvit_edge.cli")
 
 
-@pytest.mark.parametrize("module", ["gcvit_edge", "gcvit_edge.bundle", "gcvit_edge.measure", "gcvit_edge.targets._worker"])
+@pytest.mark.parametrize("module", ["gcvit_edge", "gcvit_edge.bundle", "gcvit_edge.measurement.measure", "gcvit_edge.targets._worker"])
 def test_no_runtime_is_loaded(module: str) -> None:
     assert loaded(f"import {module}") == set()
 

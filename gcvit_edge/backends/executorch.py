@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import CheckFailed
+from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
-from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
+from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
-from gcvit_edge.profile import Kind, Operator
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator as RecipeOperator
 

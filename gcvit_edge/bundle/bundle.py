@@ -16,8 +16,8 @@ from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.bundle.manifest import GOLDEN_INPUT, MANIFEST, Manifest, golden_output, read_manifest, sha256
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
+from gcvit_edge.measurement.parity import Parity, check_parity
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.parity import Parity, check_parity
 from gcvit_edge.targets.local import Session, default_threads
 
 

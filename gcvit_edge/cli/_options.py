@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 if TYPE_CHECKING:
-    from gcvit_edge.devices import Device
     from gcvit_edge.errors import CheckFailed
-    from gcvit_edge.result import Report
+    from gcvit_edge.measurement.devices import Device
+    from gcvit_edge.measurement.result import Report
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def devices(arguments: argparse.Namespace) -> "list[Device]":
     """The devices that `add_devices` asks for, checked."""
-    from gcvit_edge.devices import find_devices
+    from gcvit_edge.measurement.devices import find_devices
 
     usual = Path("devices.yaml")
     file = arguments.devices or (usual if usual.is_file() else None)

@@ -28,7 +28,7 @@ class _PrintSchema(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import json
 
-        from gcvit_edge.result import Report
+        from gcvit_edge.measurement.result import Report
 
         print(json.dumps(Report.model_json_schema(), indent=2), file=sys.stdout)
         parser.exit()
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.bundle import open_bundle
     from gcvit_edge.cli import Result
-    from gcvit_edge.measure import benchmark_bundle
+    from gcvit_edge.measurement.measure import benchmark_bundle
+    from gcvit_edge.measurement.timing import MODES
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.devices import benchmark_table, count_lines, machine_lines, warnings
-    from gcvit_edge.timing import MODES
 
     mode = MODES[arguments.mode]
     report = benchmark_bundle(open_bundle(arguments.bundle), devices(arguments), mode, Steps(errors), arguments.backend)

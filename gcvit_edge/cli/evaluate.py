@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.bundle import open_bundle
     from gcvit_edge.cli import Result
-    from gcvit_edge.measure import evaluate_bundle
+    from gcvit_edge.measurement.measure import evaluate_bundle
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.devices import accuracy_table, machine_lines
 

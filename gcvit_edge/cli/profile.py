@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.bundle import open_bundle
     from gcvit_edge.cli import Result
-    from gcvit_edge.profile import profile_bundle
+    from gcvit_edge.measurement.profile import profile_bundle
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.profile import profile_table
 

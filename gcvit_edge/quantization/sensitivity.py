@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gcvit_edge.cache import Measurements
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.parity import finite_db
 from gcvit_edge.model.deploy import Point
 from gcvit_edge.model.deploy.parts import State, parts
-from gcvit_edge.parity import finite_db
 from gcvit_edge.progress import Advance
 from gcvit_edge.quantization.watch import watching
 
@@ -115,7 +115,7 @@ def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, in
 
 
 def identity(network: nn.Module) -> Iterator[bytes | str]:
-    """What a network is, for `measurements.digest`: names, types and contents."""
+    """What a network is, for `cache.digest`: names, types and contents."""
     for name, module in network.named_modules():
         yield f"{name} {type(module).__name__}"
     for name, tensor in network.state_dict().items():

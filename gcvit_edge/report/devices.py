@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from gcvit_edge.result import Report, Result, Run
+from gcvit_edge.measurement.result import Report, Result, Run
 
 
 def benchmark_table(report: Report) -> Table:

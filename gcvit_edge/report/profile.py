@@ -5,7 +5,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from gcvit_edge.profile import KINDS
+from gcvit_edge.measurement.profile import KINDS
 
 SHOWN = 16
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.bundle import Bundle
     from gcvit_edge.data import Pixels, Preprocessing
-    from gcvit_edge.machine import Machine
-    from gcvit_edge.parity import Arithmetic, Parity
+    from gcvit_edge.measurement.machine import Machine
+    from gcvit_edge.measurement.parity import Arithmetic, Parity
 
 CHUNK_IMAGES = 64  # sent to the device at a time: 39 MB at 224 px, so that small boards have room
 
@@ -83,7 +83,7 @@ class Case:
         Raises:
             CheckFailed: they have another shape.
         """
-        from gcvit_edge.parity import check_parity
+        from gcvit_edge.measurement.parity import check_parity
 
         golden = self.golden or self.artifact
         return check_parity(logits, bundle.golden_logits(golden), self.arithmetic or self.artifact.precision, golden.precision)

@@ -16,7 +16,7 @@ from gcvit_edge.targets._shell import Keeper, Shell
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.machine import Machine
+    from gcvit_edge.measurement.machine import Machine
 
 _PROFILE = "profile.etdump"
 _START = r"""
@@ -76,7 +76,7 @@ class Remote(Connection):
         self._sessions = 0
 
     def machine(self) -> "Machine":
-        from gcvit_edge.machine import FACTS_SCRIPT, parse_facts
+        from gcvit_edge.measurement.machine import FACTS_SCRIPT, parse_facts
 
         return parse_facts(self.shell.run(FACTS_SCRIPT).decode(errors="replace"))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.machine import Machine
+    from gcvit_edge.measurement.machine import Machine
 
 HELP = "64-bit ARM emulated by QEMU: right or wrong answers and instruction counts, no times; runs executorch"
 ADDRESS = "none"
@@ -86,7 +86,7 @@ class Emulation(Connection):
         self.side_by_side = default_threads()
 
     def machine(self) -> "Machine":
-        from gcvit_edge.machine import this_machine
+        from gcvit_edge.measurement.machine import this_machine
 
         host = this_machine()
         changes = {

@@ -14,8 +14,8 @@ from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.machine import Machine
-    from gcvit_edge.parity import Arithmetic
+    from gcvit_edge.measurement.machine import Machine
+    from gcvit_edge.measurement.parity import Arithmetic
 
 HELP = ("NVIDIA GPU, cuda:1 for the second; runs PyTorch with --weights, onnx where ONNX Runtime has its CUDA provider, openvino where "
         "OpenVINO has its NVIDIA plugin")  # fmt: skip
@@ -119,7 +119,7 @@ class Gpu(Connection):
     def machine(self) -> "Machine":
         import torch
 
-        from gcvit_edge.machine import this_machine
+        from gcvit_edge.measurement.machine import this_machine
         from gcvit_edge.targets.local import default_threads
 
         gpu = torch.cuda.get_device_name(self.device) if self.device != "cpu" else None

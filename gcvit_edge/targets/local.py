@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
-from gcvit_edge.timing import QUICK, Timing, time_sessions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.data import Pixels, Preprocessing
-    from gcvit_edge.machine import Machine
+    from gcvit_edge.measurement.machine import Machine
 
 HELP = "this machine's CPU, each artifact in a fresh Python process; runs every backend"
 ADDRESS = "none"
@@ -55,7 +55,7 @@ class Local(Connection):
         self.side_by_side = default_threads()
 
     def machine(self) -> "Machine":
-        from gcvit_edge.machine import this_machine
+        from gcvit_edge.measurement.machine import this_machine
 
         return this_machine().model_copy(update={"cpus": default_threads()})
 

@@ -13,7 +13,7 @@ from gcvit_edge.targets.local import default_threads, spread_cpus
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.machine import Machine
+    from gcvit_edge.measurement.machine import Machine
 
 HELP = "this machine's CPU by the native C++ runner, built on demand; runs executorch"
 ADDRESS = "none"
@@ -48,7 +48,7 @@ class NativeRunner(Connection):
         self.side_by_side = default_threads()
 
     def machine(self) -> "Machine":
-        from gcvit_edge.machine import this_machine
+        from gcvit_edge.measurement.machine import this_machine
 
         return this_machine().model_copy(update={"cpus": default_threads()})
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, default_preprocessing, find_images, find_readable
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import wilson_interval
-from gcvit_edge.machine import cpu_name
+from gcvit_edge.measurement.accuracy import wilson_interval
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint, variant_of
 from gcvit_edge.model.create import TIMM_CROP_PCT
 from gcvit_edge.model.gcvit import GCViT

@@ -9,8 +9,8 @@ import torch
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, backend_names, load_backend
 from gcvit_edge.bundle.manifest import sha256
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.quantization.calibrate import calibrate

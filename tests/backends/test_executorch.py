@@ -10,7 +10,7 @@ import torch
 from gcvit_edge.backends import executorch as backend
 from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.quantization.arithmetic import Arithmetic

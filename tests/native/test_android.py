@@ -15,7 +15,7 @@ import pytest
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.native import build
 from gcvit_edge.native.android import build_android_runner
 from gcvit_edge.targets import adb, arm64

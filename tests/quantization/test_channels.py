@@ -6,7 +6,7 @@ import pytest
 from channel_checks import IMAGES, logits
 from torch import nn
 
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.deploy import rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.centering import centre

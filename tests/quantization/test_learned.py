@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gcvit_edge.backends import backend_names, load_backend
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_quantized, rounding
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model
 from gcvit_edge.model.deploy import MBConv, deploy, rewrite
 from gcvit_edge.model.form import Form

@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from gcvit_edge.cache import Measurements
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import simulate, written
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.quantization.sensitivity import exchange, exchanged, logits, rounded_layers, work

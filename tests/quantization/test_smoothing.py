@@ -7,7 +7,7 @@ import torch
 from channel_checks import IMAGES, logits
 from torch import nn
 
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize

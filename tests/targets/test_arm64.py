@@ -10,11 +10,11 @@ from target_contract import BRIEF
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
-from gcvit_edge.devices import Device
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import sqnr_db
 from gcvit_edge.lower import lower_quantized
-from gcvit_edge.measure import benchmark_bundle
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate

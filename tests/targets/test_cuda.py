@@ -11,9 +11,9 @@ from gcvit_edge import export_float, load_model
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.measurement.timing import time_sessions
 from gcvit_edge.targets import Case, cuda
 from gcvit_edge.targets._cuda_worker import quantize_linears
-from gcvit_edge.timing import time_sessions
 
 without_gpu = pytest.mark.skipif(cuda.missing() is None, reason="this machine has a GPU")
 

@@ -9,9 +9,9 @@ from target_contract import BRIEF
 
 import gcvit_edge.targets
 from gcvit_edge.bundle import Bundle
-from gcvit_edge.devices import find_devices
 from gcvit_edge.errors import UserError
-from gcvit_edge.measure import benchmark_bundle
+from gcvit_edge.measurement.devices import find_devices
+from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import benchmark_table, machine_lines
 

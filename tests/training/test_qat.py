@@ -22,7 +22,7 @@ from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.bundle.manifest import sha256
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.deploy import RMSNorm, deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.pipeline import quantize as quantize_bundle

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.machine import Machine
+    from gcvit_edge.measurement.machine import Machine
 
 HELP = "ONNX Runtime Web (WASM, SIMD, threads) in the Chromium or Firefox of this machine, web:BROWSER for one of several; runs onnx"
 ADDRESS = "optional"
@@ -66,7 +66,7 @@ class Web(Connection):
     timeout: float
 
     def machine(self) -> "Machine":
-        from gcvit_edge.machine import this_machine
+        from gcvit_edge.measurement.machine import this_machine
         from gcvit_edge.targets.local import default_threads
 
         here = this_machine()

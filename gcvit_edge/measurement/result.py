@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gcvit_edge.artifact import Precision
-from gcvit_edge.machine import Machine
-from gcvit_edge.parity import Parity
+from gcvit_edge.measurement.machine import Machine
+from gcvit_edge.measurement.parity import Parity
 
 FORMAT_VERSION = 1
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.evaluate import agreement, check_baseline, compare, hits, paired_drop, sqnr_db, wilson_interval
+from gcvit_edge.measurement.accuracy import agreement, check_baseline, compare, hits, paired_drop, sqnr_db, wilson_interval
 
 LOGITS = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [1, 3, 0, 2]], np.float32)
 

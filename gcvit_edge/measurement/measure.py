@@ -13,14 +13,14 @@ from gcvit_edge import __version__
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Pixels, class_indices, decode_images, find_images
-from gcvit_edge.devices import Device
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.evaluate import Classes, Logits, compare, hits, wilson_interval
-from gcvit_edge.parity import finite_db
+from gcvit_edge.measurement.accuracy import Classes, Logits, compare, hits, wilson_interval
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.parity import finite_db
+from gcvit_edge.measurement.result import Accuracy, Latency, Report, Result, Run
+from gcvit_edge.measurement.timing import Mode, Timing, time_sessions
 from gcvit_edge.progress import Advance, Steps
-from gcvit_edge.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.targets import Case, Connection, Session, load_target
-from gcvit_edge.timing import Mode, Timing, time_sessions
 
 
 @dataclass(frozen=True)

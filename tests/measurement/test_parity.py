@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.parity import check_parity
+from gcvit_edge.measurement.parity import check_parity
 
 GOLDEN = np.array([[4.0, 1.0, -2.0, 0.5], [-1.0, 0.2, 3.0, -0.7]], np.float32)
 

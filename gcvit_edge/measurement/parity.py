@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.evaluate import sqnr_db
+from gcvit_edge.measurement.accuracy import sqnr_db
 
 # Float artifacts reproduce their golden logits on any machine; INT8 ones differ between instruction sets, by some 36 dB
 # (AVX2, AVX-512, NEON: each rounds and saturates elsewhere), while a wrong kernel is below 5 dB. The short floats were

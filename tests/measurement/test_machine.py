@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from gcvit_edge.machine import Machine, parse_facts, this_machine
+from gcvit_edge.measurement.machine import Machine, parse_facts, this_machine
 
 PI5 = """
 == uname

@@ -7,8 +7,8 @@ import pytest
 
 import gcvit_edge.targets
 from gcvit_edge.cli import main
-from gcvit_edge.devices import find_devices
 from gcvit_edge.errors import UserError
+from gcvit_edge.measurement.devices import find_devices
 
 BOARD = """
 from contextlib import contextmanager

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gcvit_edge.measurement.timing import MODES, QUICK, SINGLE_STREAM, Mode, Timing, time_sessions, warm_up
 from gcvit_edge.targets import Session, Timed
-from gcvit_edge.timing import MODES, QUICK, SINGLE_STREAM, Mode, Timing, time_sessions, warm_up
 
 IMAGE = np.zeros((1, 3, 8, 8), np.float32)
 

@@ -7,8 +7,8 @@ import torch
 
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.measurement.profile import Operator, summarize, verdict
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.profile import Operator, summarize, verdict
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 

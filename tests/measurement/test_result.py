@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from gcvit_edge.result import Report
+from gcvit_edge.measurement.result import Report
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_every_field_is_in_the_readme() -> None:
