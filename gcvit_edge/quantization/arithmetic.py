@@ -19,7 +19,9 @@ class Arithmetic:
 
     activations: integer type of static activations. linear, mlp, conv: scales of the input of a linear, of one of an MLP, of a
     convolution. delicate: the same for the few linears whose rounding costs much accuracy and whose work is nothing: the head, and the
-    gates of Fused-MBConvs. grouped: the same for linears whose weights are INT4 in groups, where activations are integers at all.
+    gates of Fused-MBConvs. late_pointwise: the same for those 1x1 convolutions of the last two stages that are linears: there one image's
+    range is far from another's (None: as other linears). grouped: the same for linears whose weights are INT4 in groups, where
+    activations are integers at all.
     linear_output, conv_output: whether kernels with static scales answer in integers too. symmetric_right: whether the right factor of
     a product of two activations needs a zero point of 0.
     """
@@ -29,6 +31,7 @@ class Arithmetic:
     mlp: Scales = "static"
     conv: ConvScales = "static"
     delicate: Scales = "weights"
+    late_pointwise: Scales | None = None
     grouped: GroupedScales = "weights"
     linear_output: bool = False
     conv_output: bool = False

@@ -1,6 +1,7 @@
 """What a recipe's precision and operators mean for each layer, in the arithmetic of a runtime."""
 
 import copy
+import re
 from collections.abc import Collection
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.model.deploy import Constant, Point, Residual
-from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
     DynamicImageConv,
@@ -24,6 +25,7 @@ from gcvit_edge.recipe import Operator
 
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
+_LATE_POINTWISE = re.compile(r"stages\.[23]\..*\.pointwise")
 _MLP = ("fc1", "fc2")
 _RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attention.value")  # right factors of products
 _ANSWERS = ("scores", "attended")  # of products of attention: float where kernels answer in float
@@ -51,14 +53,20 @@ def quantize(
         symmetric = arithmetic.symmetric_right and "attention" in operators and place.endswith(_RIGHT)
         return (Affine.symmetric if symmetric else Affine.of_range)(*ranges[place], arithmetic.activations)
 
+    def scales_of(name: str) -> Scales:
+        if name.endswith(_DELICATE):
+            return arithmetic.delicate
+        if arithmetic.late_pointwise and _LATE_POINTWISE.fullmatch(name):
+            return arithmetic.late_pointwise
+        return arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
+
     def linear(name: str, layer: nn.Linear) -> nn.Module:
-        delicate = name.endswith(_DELICATE)
         if in_four_bits(name, layer.in_features, precision):
             if arithmetic.grouped == "dynamic_block":
                 return GroupedLinear(layer, rounded=precision == "w4a8")
             weight = GroupedWeight(layer.weight)
             return DynamicRowLinear(layer, weight) if arithmetic.grouped == "dynamic_row" else WeightLayer(layer, weight)
-        scales = arithmetic.delicate if delicate else arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
+        scales = scales_of(name)
         if precision == "int4" or scales == "weights":
             return WeightLayer(layer, IntegerWeight(layer.weight))
         if scales == "dynamic":

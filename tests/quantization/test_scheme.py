@@ -86,6 +86,20 @@ def test_linears_and_dense_convolutions_are_integer_and_no_others(model: nn.Modu
     assert kinds(deployed, StaticLayer) == []
 
 
+def test_late_pointwise_convolutions_have_scales_of_their_own_where_a_runtime_wants_them(model: nn.Module, ranges: Ranges) -> None:
+    deployed = deploy(model)
+    linears = kinds(deployed, nn.Linear)
+    late = [name for name in linears if name.startswith(("stages.2.", "stages.3.")) and name.endswith("pointwise")]
+    assert len(late) == 4
+    others = set(linears) - set(late)
+    together, apart = (
+        quantize(deployed, frozenset({"linear"}), dataclasses.replace(STATIC, late_pointwise=scales), ranges, keep=others)
+        for scales in (None, "weights")
+    )
+    assert (kinds(together, StaticLayer), kinds(apart, WeightLayer)) == (late, late)
+    assert sqnr_db(logits(apart), logits(model)) > sqnr_db(logits(together), logits(model))
+
+
 def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: Ranges) -> None:
     deployed = deploy(model)
     nothing = quantize(deployed, frozenset(), STATIC, ranges)
