@@ -28,7 +28,7 @@ from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.plan import plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
-from gcvit_edge.recipe import Calibration, Recipe, parse_recipe, recipe_text
+from gcvit_edge.recipe import Operator, Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import run_artifacts
 
 
@@ -53,30 +53,27 @@ def changed(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: recipe.model_copy(update=changes)
 
 
-MINMAX = Calibration(ranges="minmax")
+def full(*more: Operator) -> Callable[[Recipe], Recipe]:
+    """int8_ptq_full with more operators in integers."""
+    return changed(operators=("linear", "conv", "attention", *more))
+
 
 ROWS = (
     *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16")),
+    Row("int8_ptq_full, residual additions too", "int8_ptq_full", full("residual"), every=1),
     Row("int8_ptq, every fifth image", "int8_ptq"),
-    Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1), ("openvino",)),
+    Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1)),
     Row("int8_ptq, 32 calibration images", "int8_ptq", calibration(images=32), ("openvino",)),
-    Row("int8_ptq, entropy ranges", "int8_ptq", calibration(ranges="entropy"), ("openvino",)),
-    Row("int8_ptq, percentile ranges", "int8_ptq", calibration(ranges="percentile"), ("openvino",)),
-    Row("int8_ptq, average ranges", "int8_ptq", calibration(ranges="average"), ("openvino",)),
-    Row("int8_ptq, min-max ranges", "int8_ptq", changed(calibration=MINMAX)),
-    Row("int8_ptq, min-max ranges, other calibration images", "int8_ptq", calibration(ranges="minmax", seed=1), ("openvino",)),
-    Row("int8_ptq, min-max ranges, 32 calibration images", "int8_ptq", calibration(ranges="minmax", images=32), ("openvino",)),
-    Row("int8_ptq, min-max ranges, 512 calibration images", "int8_ptq", calibration(ranges="minmax", images=512), ("openvino",)),
-    Row("int8_ptq, min-max ranges, no smoothing", "int8_ptq", changed(calibration=MINMAX, smoothing=False)),
-    Row("int8_ptq, min-max ranges, no centring", "int8_ptq", changed(calibration=MINMAX, centering=False)),
-    Row("int8_ptq, min-max ranges, no equalization", "int8_ptq", changed(calibration=MINMAX, equalization=False)),
-    Row("int8_ptq, min-max ranges, bias correction", "int8_ptq", changed(calibration=MINMAX, bias_correction=True)),
+    Row("int8_ptq, 512 calibration images", "int8_ptq", calibration(images=512), ("openvino",)),
+    *(Row(f"int8_ptq, {kind} ranges", "int8_ptq", calibration(ranges=kind), ("openvino",))
+      for kind in ("minmax", "average", "percentile", "entropy")),
+    Row("int8_ptq, minmax ranges, other calibration images", "int8_ptq", calibration(ranges="minmax", seed=1), ("openvino",)),
+    Row("int8_ptq, no smoothing", "int8_ptq", changed(smoothing=False)),
+    Row("int8_ptq, no centring", "int8_ptq", changed(centering=False)),
+    Row("int8_ptq, no equalization", "int8_ptq", changed(equalization=False)),
+    Row("int8_ptq, bias correction", "int8_ptq", changed(bias_correction=True)),
     Row("int8_ptq_full, every fifth image", "int8_ptq_full"),
-    Row("int8_ptq_full, min-max ranges", "int8_ptq_full", changed(calibration=MINMAX)),
-    Row("int8_ptq_full, min-max ranges, range of the softmax fixed", "int8_ptq_full", calibration(ranges="minmax", unit_softmax=True),
-        ("openvino", "onnx")),
-    Row("int8_ptq_full, min-max ranges, residual additions too", "int8_ptq_full",
-        changed(calibration=MINMAX, operators=("linear", "conv", "attention", "residual")), ("openvino", "onnx")),
+    Row("int8_ptq_full, range of the softmax fixed", "int8_ptq_full", calibration(unit_softmax=True)),
     Row("int4_weights, every fifth image", "int4_weights", backends=("onnx",)),
     Row("int4_weights, nearest rounding, bias correction", "int4_weights", changed(rounding="nearest", bias_correction=True), ("onnx",)),
 )  # fmt: skip

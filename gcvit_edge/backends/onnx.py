@@ -1,4 +1,4 @@
-"""ONNX, for ONNX Runtime: linears in dynamic INT8, convolutions in QDQ.
+"""ONNX, for ONNX Runtime: linears and convolutions in dynamic INT8.
 
 Source: ONNX Runtime documentation, "Quantize ONNX models".
 """
@@ -34,17 +34,17 @@ PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")
 
 OPSET = 23  # the first with Attention and RMSNormalization
 _INPUT, _OUTPUT = "image", "logits"
-_GROUP = 32  # input channels with one scale, of INT4 weights
 
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """ONNX Runtime has kernels for RMS norm and for whole attention; products in integers need attention written out."""
-    return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains=frozenset({"conv"}))
+    return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains=False)
 
 
 def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
-    """Linears are fastest and most exact with scales found when it runs; a convolution so (ConvInteger) takes twice its float time."""
-    return Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", grouped="dynamic_block", conv_output=True)
+    """Scales found when it runs are fastest and most exact for linears; for convolutions, as the same products, as fast as QDQ and more
+    exact (benchmarks/NOTES.md)."""
+    return Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", conv="dynamic", grouped="dynamic_block")
 
 
 def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
@@ -52,62 +52,19 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     import torch
 
     from gcvit_edge.backends._onnx_constants import fold_at_load
-    from gcvit_edge.quantization.layers import dynamic_linear, grouped_linear  # defines the operators that are translated
+    from gcvit_edge.backends._onnx_operators import pack_grouped_weights, translations
 
     with torch.no_grad():
         program = torch.onnx.export(
             deployed, (example,), dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
-            custom_translation_table={dynamic_linear._opoverload: _dynamic_linear, grouped_linear._opoverload: _grouped_linear},
+            custom_translation_table=translations(),
         )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model = program.model_proto
-    _pack_grouped_weights(model)
+    pack_grouped_weights(model)
     fold_at_load(model)
     return model
-
-
-def _dynamic_linear(x: Any, weight: Any, scale: Any, bias: Any) -> Any:
-    import onnxscript
-
-    op: Any = onnxscript.opset23  # its operators are typed as optional
-    integers, step, zero_point = op.DynamicQuantizeLinear(x)
-    product = op.Cast(op.MatMulInteger(integers, weight, zero_point), to=1)  # FLOAT
-    y = op.Mul(product, op.Mul(step, scale))
-    return y if bias is None else op.Add(y, bias)
-
-
-def _grouped_linear(x: Any, values: Any, scale: Any, rounded: bool) -> Any:
-    from onnx.defs import OpSchema
-    from onnxscript.values import Op, Opset
-
-    # of what ONNX Runtime contributes, onnxscript knows no schema; weights are INT8 until they are packed
-    integers = [OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in ("K", "N", "bits", "block_size", "accuracy_level")]
-    inputs = [OpSchema.FormalParameter(name, kind) for name, kind in (("A", "T"), ("B", "tensor(int8)"), ("scales", "T"))]
-    schema = OpSchema(
-        "MatMulNBits", "com.microsoft", 1, inputs=inputs, outputs=[OpSchema.FormalParameter("Y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")], attributes=integers,
-    )  # fmt: skip
-    outputs, channels = values.shape
-    operator: Any = Op(Opset("com.microsoft", 1), "MatMulNBits", schema)
-    level = 4 if rounded else 1  # activations in INT8, or in float
-    return operator(x, values, scale, K=int(channels), N=int(outputs), bits=4, block_size=_GROUP, accuracy_level=level)
-
-
-def _pack_grouped_weights(model: "ModelProto") -> None:
-    """Weights of MatMulNBits: two values a byte, the first in the lower half, each 8 too high; scales as float in one row.
-
-    They were INT8 until now, since PyTorch has no type of 4 bits that exporters know.
-    """
-    from onnx import numpy_helper
-
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            weight, scale = (tensors[name] for name in node.input[1:3])
-            values = (numpy_helper.to_array(weight) + 8).astype(np.uint8).reshape(weight.dims[0], -1, _GROUP)
-            weight.CopyFrom(numpy_helper.from_array(values[..., ::2] | values[..., 1::2] << 4, weight.name))
-            scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale).reshape(-1), scale.name))
 
 
 def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:

@@ -14,11 +14,11 @@ class Form:
     the keys of all windows.
     pointwise: 1x1 convolutions as a "linear" of tokens, where changing between tokens and feature maps is free, or as "conv", which
     leaves convolutional parts less often.
-    gains: of layers of these kinds the outputs have a factor by channel behind them, which kernels that answer in integers want (see
-    quantization/equalization.py); of others it is folded into the weights.
+    gains: whether what is added to the residual stream has a factor by channel behind it, which kernels that answer in integers want
+    (see quantization/equalization.py); else the factor is folded into the weights.
     """
 
     norm: Literal["operator", "products"] = "operator"
     attention: Literal["operator", "windows", "bmm"] = "windows"
     pointwise: Literal["linear", "conv"] = "linear"
-    gains: frozenset[Literal["linear", "conv"]] = frozenset({"linear", "conv"})
+    gains: bool = True

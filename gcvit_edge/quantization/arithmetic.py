@@ -6,8 +6,8 @@ from typing import Literal
 Signedness = Literal["int8", "uint8"]
 Scales = Literal["static", "dynamic", "dynamic_row", "weights"]
 """Of a linear's input: fixed; found when it runs, one for the tensor, or one a row; or none: float with INT8 weights."""
-ConvScales = Literal["static", "dynamic_image"]
-"""Of a convolution's input: fixed, or one an image."""
+ConvScales = Literal["static", "dynamic", "dynamic_image"]
+"""Of a convolution's input: fixed; found when it runs, one for the tensor, or one an image."""
 
 GroupedScales = Literal["weights", "dynamic_row", "dynamic_block"]
 """Of the input of a linear with INT4 weights: none, one a row, or one for each 32 channels of a row."""
@@ -22,7 +22,7 @@ class Arithmetic:
     gates of Fused-MBConvs. late_pointwise: the same for those 1x1 convolutions of the last two stages that are linears: there one image's
     range is far from another's (None: as other linears). grouped: the same for linears whose weights are INT4 in groups, where
     activations are integers at all.
-    linear_output, conv_output: whether kernels with static scales answer in integers too. symmetric_right: whether the right factor of
+    linear_output: whether kernels of linears with static scales answer in integers too. symmetric_right: whether the right factor of
     a product of two activations needs a zero point of 0.
     """
 
@@ -34,5 +34,4 @@ class Arithmetic:
     late_pointwise: Scales | None = None
     grouped: GroupedScales = "weights"
     linear_output: bool = False
-    conv_output: bool = False
     symmetric_right: bool = False

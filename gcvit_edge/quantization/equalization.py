@@ -2,7 +2,7 @@
 is searched (cross-layer equalization, arXiv:1906.04721, where what is between two layers lets a factor through):
 
 - q and k of local attention, whose products do not change;
-- proj, fc2 and reductions, with a factor by channel behind them (`Gain`), for kernels that answer in integers.
+- proj and fc2, with a factor by channel behind them (`Gain`), for kernels that answer in integers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,17 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gcvit_edge.model.deploy import Attention, Block, Downsample, Gain
+from gcvit_edge.model.deploy import Attention, Block, Gain
 from gcvit_edge.model.deploy.folding import scale_rows
 from gcvit_edge.quantization.channels import extremes, highest, scales
 
 
-def outputs(deployed: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d, Gain]]:
+def outputs(deployed: nn.Module) -> Iterator[tuple[str, nn.Linear, Gain]]:
     """Layers whose outputs have a factor by channel behind them, with their names."""
     for name, module in deployed.named_modules():
-        if isinstance(module, Downsample):
-            yield f"{name}.reduction", module.reduction, module.gain
-        elif isinstance(module, Block):
+        if isinstance(module, Block):
             yield f"{name}.attention.proj", module.attention.proj, module.residual1.gain
             yield f"{name}.fc2", module.fc2, module.residual2.gain
 

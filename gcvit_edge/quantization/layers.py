@@ -1,5 +1,7 @@
 """Layers of a quantized deploy form: what integer kernels compute, simulated in PyTorch and exported as it stands."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,6 +106,27 @@ class DynamicLinear(nn.Module):
         return dynamic_linear(x, self.weight, self.scale, self.bias)
 
 
+class DynamicConv(nn.Module):
+    """A convolution whose input is rounded as that of `DynamicLinear`: the same product, of the pixels that each output reads.
+
+    weight: (kernel height * kernel width * in, out) INT8. scale: (out,).
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        integers = IntegerWeight(conv.weight)
+        self.register_buffer("weight", integers.values.permute(2, 3, 1, 0).flatten(0, 2).contiguous())
+        self.register_buffer("scale", integers.scale)
+        self.bias = conv.bias
+        self.kernel, self.stride, self.padding = (list(each) for each in (conv.kernel_size, conv.stride, conv.padding))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dynamic_conv(x, self.weight, self.scale, self.bias, self.kernel, self.stride, self.padding)
+
+
 class GroupedLinear(nn.Module):
     """A linear with INT4 weights in groups, as ONNX Runtime's MatMulNBits has it.
 
@@ -147,10 +170,7 @@ def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 
     Source: ONNX operator DynamicQuantizeLinear-11. One operator, because no exporter knows the parts of it.
     """
-    low, high = torch.clamp(x.amin(), max=0), torch.clamp(x.amax(), min=0)
-    step = (high - low).clamp_min(1e-12) / 255
-    zero_point = torch.round(-low / step).clamp(0, 255)
-    integers = torch.clamp(torch.round(x / step) + zero_point, 0, 255) - zero_point
+    integers, step = _dynamic_integers(x)
     y = (integers @ weight.to(x.dtype)) * (step * scale)
     return y if bias is None else y + bias
 
@@ -158,3 +178,30 @@ def dynamic_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
 @dynamic_linear.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("gcvit_edge::dynamic_conv", mutates_args=())
+def dynamic_conv(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Convolution of `x` (B, in, H, W), rounded as `dynamic_linear` rounds, with `weight` (kernel height * kernel width * in, out) INT8."""
+    integers, step = _dynamic_integers(x)
+    maps = weight.to(x.dtype).reshape(*kernel, -1, weight.shape[1]).permute(3, 2, 0, 1)
+    y = F.conv2d(integers, maps, None, stride, padding) * (step * scale)[:, None, None]  # type: ignore[arg-type]
+    return y if bias is None else y + bias[:, None, None]
+
+
+@dynamic_conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2))
+    return x.new_empty(x.shape[0], weight.shape[1], height, width)
+
+
+def _dynamic_integers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of `x` without their zero point, as floats, and the step between them."""
+    low, high = torch.clamp(x.amin(), max=0), torch.clamp(x.amax(), min=0)
+    step = (high - low).clamp_min(1e-12) / 255
+    zero_point = torch.round(-low / step).clamp(0, 255)
+    return torch.clamp(torch.round(x / step) + zero_point, 0, 255) - zero_point, step

@@ -12,6 +12,7 @@ from gcvit_edge.model.deploy import Constant, Point, Residual
 from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
+    DynamicConv,
     DynamicImageConv,
     DynamicLinear,
     DynamicRowLinear,
@@ -78,9 +79,11 @@ def quantize(
     def conv(name: str, layer: nn.Conv2d) -> nn.Module:
         if precision == "int4":
             return WeightLayer(layer, IntegerWeight(layer.weight))
+        if arithmetic.conv == "dynamic":
+            return DynamicConv(layer)
         if arithmetic.conv == "dynamic_image":
             return DynamicImageConv(layer)
-        return StaticLayer(layer, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.conv_output else None)
+        return StaticLayer(layer, affine(f"{name}.input"), None)
 
     def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
         if precision == "fp16" and isinstance(module, nn.Linear | nn.Conv2d):

@@ -82,8 +82,7 @@ def test_dynamic_linears_load_and_are_more_exact(tmp_path: Path) -> None:
     model = small_model()
     noise = {}
     for linear in ("static", "dynamic_row"):
-        static = dataclasses.replace(backend.arithmetic(OPERATORS), conv="static", conv_output=True)
-        arithmetic = dataclasses.replace(static, linear=linear, mlp=linear, delicate=linear)
+        arithmetic = dataclasses.replace(backend.arithmetic(OPERATORS), linear=linear, mlp=linear, delicate=linear)
         backend.save(captured(model, arithmetic), tmp_path / f"{linear}.pte", describe_model(model))
         run = backend.load(tmp_path / f"{linear}.pte", 1)
         with torch.no_grad():

@@ -15,9 +15,9 @@ from gcvit_edge.quantization.smoothing import smooth
 
 FORMS = {
     "reference": Form(),
-    "openvino": Form(gains=frozenset()),
+    "openvino": Form(gains=False),
     "executorch": Form(norm="products", attention="bmm", pointwise="conv"),
-    "onnx": Form(attention="operator", gains=frozenset({"conv"})),
+    "onnx": Form(attention="operator", gains=False),
 }
 
 

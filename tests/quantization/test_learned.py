@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
 import openvino
 import pytest
 import torch
@@ -25,7 +24,7 @@ from gcvit_edge.recipe import Operator, parse_recipe, recipe_text
 RECIPE = parse_recipe(recipe_text("int8_qat"), "int8_qat")
 OPERATORS: frozenset[Operator] = frozenset({"linear", "conv"})
 RUNTIMES = [rounding(RECIPE, load_backend(name)) for name in backend_names()]
-STRICTEST = [(OPERATORS, Arithmetic(activations="int8", linear_output=True, conv_output=True))]
+STRICTEST = [(OPERATORS, Arithmetic(activations="int8", linear_output=True))]
 IMAGES = np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)
 
 
@@ -153,11 +152,11 @@ def test_what_any_runtime_rounds_is_learned_and_nothing_else(calibrated: Calibra
     assert set(layers) == linears | dense
     assert set(static_places(student)) == (linears - exact) | dense
     answers = {name for name, layer in layers.items() if layer.output is not None}
-    assert answers == {name for name in linears if name.endswith(("fc1", "fc2"))} | dense  # XNNPACK's MLPs, ONNX Runtime's convolutions
+    assert answers == {name for name in linears if name.endswith(("fc1", "fc2"))}  # XNNPACK's MLPs
     assert not any(isinstance(module, LearnedPoint) for module in student.modules())
     assert sum(isinstance(module, IntegerConstant) for module in student.modules()) == 6
     onnx_alone = learnable(calibrated, [rounding(RECIPE, load_backend("onnx"))])
-    assert set(static_places(onnx_alone)) == dense
+    assert list(static_places(onnx_alone)) == []
 
 
 def test_points_learn_where_the_recipe_rounds_them(calibrated: Calibrated) -> None:
@@ -221,19 +220,6 @@ def test_openvino_has_the_learned_ranges(model: GCViT, student: nn.Module, resul
     assert len(found) > 30
 
 
-def test_onnx_convolutions_have_the_learned_ranges(model: GCViT, student: nn.Module, result: Calibrated, tmp_path: Path) -> None:
-    graph = onnx.load(artifact("onnx", model, result, tmp_path)).graph
-    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    rounding = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    found = set()
-    for node in rounding:
-        scale, zero_point = (float(values[name]) for name in node.input[1:])
-        found.add((significant(-zero_point * scale), significant((255 - zero_point) * scale)))
-    convolutions = [name for name, layer in static_places(student).items() if layer.convolution is not None]
-    assert len(convolutions) == 4
-    assert found == {limits(result, f"{name}.{end}", "uint8") for name in convolutions for end in ("input", "output")}
-
-
 @pytest.mark.parametrize("backend", ["executorch", "openvino", "onnx"])
 def test_artifacts_answer_as_the_simulation(backend: str, model: GCViT, calibrated: Calibrated, result: Calibrated, tmp_path: Path) -> None:
     runtime = load_backend(backend)
@@ -241,7 +227,8 @@ def test_artifacts_answer_as_the_simulation(backend: str, model: GCViT, calibrat
     answers = np.concatenate([run(image[None]) for image in IMAGES])
     rounds = rounding(RECIPE, runtime)
     simulated = logits(quantize(result.network, *rounds, result.ranges))
-    recalibrated = logits(quantize(result.network, *rounds, calibrated.ranges))
     assert sqnr_db(answers, simulated) > 30
-    assert sqnr_db(answers, simulated) > sqnr_db(answers, recalibrated) + 6  # with the calibrated ranges it would be another network
+    if backend != "onnx":  # which finds all scales when it runs
+        recalibrated = logits(quantize(result.network, *rounds, calibrated.ranges))
+        assert sqnr_db(answers, simulated) > sqnr_db(answers, recalibrated) + 6  # with the calibrated ranges it would be another network
     assert sqnr_db(answers, logits(deploy(model))) < 25  # far from float: what was learned here is not what float computes

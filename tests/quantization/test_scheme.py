@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gcvit_edge.measurement.accuracy import sqnr_db
@@ -14,6 +15,7 @@ from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant
 from gcvit_edge.quantization.layers import (
+    DynamicConv,
     DynamicImageConv,
     DynamicLinear,
     DynamicRowLinear,
@@ -139,6 +141,19 @@ def test_dynamic_linear_is_what_onnx_defines() -> None:
     integers = np.clip(np.round(x.numpy() / step) + zero, 0, 255) - zero
     expected = integers @ weight.numpy().astype(np.float64) * step * scale.numpy() + bias.numpy()
     np.testing.assert_allclose(dynamic_linear(x, weight, scale, bias), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_dynamic_conv_is_dynamic_linear_of_the_pixels_that_each_output_reads(model: nn.Module, ranges: Ranges) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 5, 3, stride=2, padding=1), torch.randn(2, 4, 9, 6)
+    layer = DynamicConv(conv)
+    pixels = F.unfold(x, 3, padding=1, stride=2).mT.reshape(-1, 4, 9).mT.reshape(-1, 36)
+    expected = dynamic_linear(pixels, layer.weight, layer.scale, layer.bias).reshape(2, 5, 3, 5).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        assert sqnr_db(layer(x).numpy(), conv(x).numpy()) > 35
+    quantized = quantize(deploy(model), frozenset({"conv"}), Arithmetic(activations="uint8", conv="dynamic"), ranges)
+    assert len(kinds(quantized, DynamicConv)) == 4
 
 
 def test_dynamic_convolutions_round_image_by_image(model: nn.Module, ranges: Ranges) -> None:

@@ -13,7 +13,7 @@ from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize
 from gcvit_edge.quantization.smoothing import STRENGTHS, places, smooth
 
-STATIC = Arithmetic(activations="int8", delicate="static", linear_output=True, conv_output=True)
+STATIC = Arithmetic(activations="int8", delicate="static", linear_output=True)
 
 
 @pytest.fixture(scope="module")

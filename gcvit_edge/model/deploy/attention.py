@@ -110,7 +110,7 @@ class Block(Written):
 
     def write(self, form: Form) -> None:
         super().write(form)
-        if "linear" not in form.gains:
+        if not form.gains:
             self.residual1.gain.fold(self.attention.proj)
             self.residual2.gain.fold(self.fc2)
 

@@ -46,18 +46,12 @@ class Downsample(Written):
         self.norm1, self.norm2 = AffineNorm(down.norm1), AffineNorm(down.norm2)
         self.conv_block = MBConv(down.conv_block, size)
         self.reduction = centred(down.reduction)
-        self.gain = Gain(self.reduction.out_channels)
-
-    def write(self, form: Form) -> None:
-        super().write(form)
-        if "conv" not in form.gains:
-            self.gain.fold(self.reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x)
         maps = self.form.pointwise == "conv"
         x = self.conv_block(feature_map(x, self.size)) if maps else feature_map(self.conv_block(x), self.size)
-        return self.norm2(self.gain(tokens(self.reduction(x))))
+        return self.norm2(tokens(self.reduction(x)))
 
 
 class GlobalQuery(Written):

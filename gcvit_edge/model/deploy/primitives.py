@@ -49,7 +49,7 @@ class Gain(Written):
         super().write(form)
         self.scaled = bool((self.value != 1).any())
 
-    def fold(self, layer: nn.Linear | nn.Conv2d) -> None:
+    def fold(self, layer: nn.Linear) -> None:
         """Moves the factor into the layer before it."""
         scale_rows(layer, self.value)
         self.value.fill_(1)
