@@ -21,7 +21,7 @@ from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.data import Pixels, decode_images, find_images, inputs, read_labels
-from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.lower import lower_float, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
@@ -100,7 +100,7 @@ def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     pixels = decode_images(images, info.preprocessing, work / "calib.npy")
     names = row.backends or recipe.backends
     with bed.steps.step(f"{row.name}: make"):
-        calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, info.preprocessing))
+        calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, info.preprocessing), roundings(recipe, names))
         artifacts = [lower_quantized(name, calibrated, info, recipe, work / "made") for name in names]
     with bed.steps.step(f"{row.name}: run", len(artifacts) * len(bed.classes[:: row.every])) as advance:
         some = replace(bed.pixels, file=work / "some.npy", kept=bed.pixels.kept[:: row.every])

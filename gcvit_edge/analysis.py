@@ -13,7 +13,7 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.lower import lower_float, lower_network, lower_quantized, simulate, written
+from gcvit_edge.lower import lower_float, lower_network, lower_quantized, roundings, simulate, written
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, hits, paired_drop, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.measurement.parity import MIN_SQNR_DB, finite_db
@@ -107,7 +107,8 @@ def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
             pixels = decode_images(job.evaluation, preprocessing, work / "eval.npy", advance)
         images = ranking_images(job, work, steps)
         with steps.step("calibrate"):
-            calibrated = calibrate(job.model, job.recipe, lambda: inputs(calibration, preprocessing))
+            runtimes = roundings(job.recipe, job.backends)
+            calibrated = calibrate(job.model, job.recipe, lambda: inputs(calibration, preprocessing), runtimes)
         with steps.step("activations"):
             places = [_rounded(asdict(place)) for place in activations(calibrated.network, images)]
         backends = [_backend(job, name, bundle, calibrated, images, pixels, work, steps) for name in job.backends]

@@ -1,12 +1,12 @@
 """From a trained network to one artifact of one backend: deploy form, quantization, export."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import Backend, load_backend
 from gcvit_edge.model.info import ModelInfo, read_config
-from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import Operator, Recipe
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.quantization.calibrate import Calibrated
+    from gcvit_edge.quantization.scheme import Rounding
 
 
 def lower_float(name: str, model: "GCViT", info: ModelInfo, folder: Path) -> Artifact:
@@ -53,10 +54,15 @@ def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
     return frozenset(recipe.operators) & backend.INTEGER_OPERATORS
 
 
-def rounding(recipe: Recipe, backend: Backend) -> tuple[frozenset[Operator], Arithmetic]:
+def rounding(recipe: Recipe, backend: Backend) -> "Rounding":
     """What the backend's runtime rounds of a recipe, and how."""
     operators = integer_operators(recipe, backend)
     return operators, backend.arithmetic(operators)
+
+
+def roundings(recipe: Recipe, names: Sequence[str]) -> "list[Rounding]":
+    """The same of each of these backends."""
+    return [rounding(recipe, load_backend(name)) for name in names]
 
 
 def lower_network(name: str, network: "nn.Module", precision: str, info: ModelInfo, folder: Path) -> Artifact:

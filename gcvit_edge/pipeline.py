@@ -19,7 +19,7 @@ from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, rounding
+from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.plan import Job, plan
@@ -128,13 +128,13 @@ def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str,
     from gcvit_edge.quantization.calibrate import calibrate
 
     images = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
+    runtimes = roundings(job.recipe, job.backends)
     with steps.step("calibrate"):
-        calibrated = calibrate(job.model, job.recipe, lambda: inputs(images, job.info.preprocessing))
+        calibrated = calibrate(job.model, job.recipe, lambda: inputs(images, job.info.preprocessing), runtimes)
     if job.tuning is None:
         return calibrated, {"skipped_images": images.skipped}
     from gcvit_edge.training.qat import fine_tune
 
-    runtimes = [rounding(job.recipe, load_backend(name)) for name in job.backends]
     calibrated, training = fine_tune(job.model, calibrated, runtimes, job.tuning, steps)
     return calibrated, {"training": training, "skipped_images": [*images.skipped, *training.pop("skipped_images")]}
 

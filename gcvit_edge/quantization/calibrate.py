@@ -1,5 +1,6 @@
 """What is found out about a network from calibration images, once for all backends: weights to quantize, and ranges."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from gcvit_edge.quantization.equalization import equalize
 from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
-from gcvit_edge.quantization.scheme import in_four_bits
+from gcvit_edge.quantization.scheme import Rounding, in_four_bits, places_with_ranges
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
@@ -27,8 +28,9 @@ class Calibrated:
     ranges: Ranges
 
 
-def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
-    """Prepares the deploy form of `model` for `recipe`; `model` is not changed."""
+def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence[Rounding] | None = None) -> Calibrated:
+    """Prepares the deploy form of `model` for `recipe`; `model` is not changed. runtimes: only ranges that one of them rounds with are
+    looked for, which saves time (None: all)."""
     network = deploy(model)
     if recipe.centering:
         centre(network, images())
@@ -44,7 +46,8 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images) -> Calibrated:
         reconstruct(network, images, lambda name: small(name, network.get_submodule(name).in_features))  # type: ignore[arg-type]
     if recipe.bias_correction:
         correct_biases(network, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
-    ranges = observe(network, images, recipe.calibration.ranges)
+    places = None if runtimes is None else places_with_ranges(network, runtimes, recipe.precision)
+    ranges = observe(network, images, recipe.calibration.ranges, places)
     if recipe.calibration.unit_softmax:
         ranges |= dict.fromkeys((place for place in ranges if place.endswith("attention.softmax")), (0.0, 1.0))
     return Calibrated(network, ranges)

@@ -15,16 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Constant, Point
-from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.integers import IntegerWeight
 from gcvit_edge.quantization.layers import RoundedPoint, StaticLayer
 from gcvit_edge.quantization.ranges import Ranges
-from gcvit_edge.quantization.scheme import quantize
-from gcvit_edge.recipe import Operator
-
-Rounding = tuple[frozenset[Operator], Arithmetic]
-"""What a runtime rounds, and how."""
+from gcvit_edge.quantization.scheme import Rounding, quantize
 
 _LOWEST, _HIGHEST = -128, 127
 _STEPS = _HIGHEST - _LOWEST

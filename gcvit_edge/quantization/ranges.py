@@ -12,7 +12,7 @@ How the range of a place follows from what was seen there (`RangeMethod`):
 The last three work on a histogram of 2,048 bins, which takes a second pass over the images.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -40,15 +40,17 @@ _COMMON_PARTS = np.linspace(1, 0.3, 36)  # of the full range to both sides, that
 
 
 @torch.no_grad()
-def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax") -> Ranges:
-    """The ranges of all places of a deploy form over the images."""
+def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax", places: Collection[str] | None = None) -> Ranges:
+    """The ranges of these places of a deploy form (None: all) over the images."""
+    if places is not None and not places:
+        return {}
     extremes: dict[str, list[tuple[float, float]]] = {}
 
     def note(place: str, x: Tensor) -> None:
         low, high = (float(value) for value in x.aminmax())
         extremes.setdefault(place, []).append((low, high))
 
-    with watched(deployed, note):
+    with watched(deployed, note, places):
         for image in images():
             deployed(torch.from_numpy(image))
     if method == "average":
@@ -60,15 +62,15 @@ def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax")
     return {place: choose(histogram, *ranges[place]) for place, histogram in _histograms(deployed, images, ranges).items()}
 
 
-def watched(deployed: nn.Module, note: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
-    """Inside, `note(place, activations)` is called for every place whenever the network runs."""
+def watched(
+    deployed: nn.Module, note: Callable[[str, Tensor], None], places: Collection[str] | None = None
+) -> AbstractContextManager[None]:
+    """Inside, `note(place, activations)` is called for each of these places (None: for every one) whenever the network runs."""
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        if name in points:
-            note(name, y)
-        else:
-            note(f"{name}.input", x)
-            note(f"{name}.output", y)
+        for place, activations in [(name, y)] if name in points else [(f"{name}.input", x), (f"{name}.output", y)]:
+            if places is None or place in places:
+                note(place, activations)
 
     modules = {name: each for name, each in deployed.named_modules() if isinstance(each, Point | nn.Linear | nn.Conv2d)}
     points = {name for name, each in modules.items() if isinstance(each, Point)}
@@ -84,7 +86,7 @@ def _histograms(deployed: nn.Module, images: Images, ranges: Ranges) -> dict[str
         low, high = ranges[place]
         counts[place] += torch.histc(x.float(), _BINS, low, high if high > low else low + 1)
 
-    with watched(deployed, count):
+    with watched(deployed, count, ranges):
         for image in images():
             deployed(torch.from_numpy(image))
     return {place: each.numpy() for place, each in counts.items()}

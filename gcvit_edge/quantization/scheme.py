@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from gcvit_edge.quantization.layers import (
 )
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.recipe import Operator
+
+Rounding = tuple[frozenset[Operator], Arithmetic]
+"""What a runtime rounds, and how."""
 
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
@@ -105,6 +108,25 @@ def quantize(
             parent = quantized.get_submodule(parent_name)
             setattr(parent, child, treated(name, module, parent))
     return quantized
+
+
+def places_with_ranges(deployed: nn.Module, runtimes: Sequence[Rounding], precision: Precision = "int8") -> frozenset[str]:
+    """The places that any of these runtimes rounds with a scale of calibration."""
+    asked = _Asked()
+    for operators, arithmetic in runtimes:
+        quantize(deployed, operators, arithmetic, asked, precision)
+    return frozenset(asked.places)
+
+
+class _Asked(dict[str, tuple[float, float]]):
+    """Ranges that only note which were asked for."""
+
+    def __init__(self) -> None:
+        self.places: set[str] = set()
+
+    def __missing__(self, place: str) -> tuple[float, float]:
+        self.places.add(place)
+        return (-1.0, 1.0)
 
 
 def _is_worth_it(conv: nn.Conv2d) -> bool:

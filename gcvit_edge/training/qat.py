@@ -12,7 +12,8 @@ from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import Calibrated
-from gcvit_edge.quantization.learned import Range, Rounding, learnable, learned
+from gcvit_edge.quantization.learned import Range, learnable, learned
+from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.training.images import LabelledImages
 from gcvit_edge.training.job import device_name, readable
 from gcvit_edge.training.loop import fit, make_accelerator

@@ -27,7 +27,7 @@ from gcvit_edge.quantization.layers import (
     grouped_linear,
 )
 from gcvit_edge.quantization.ranges import Ranges, observe
-from gcvit_edge.quantization.scheme import quantize
+from gcvit_edge.quantization.scheme import places_with_ranges, quantize
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((8, 3, 64, 64), np.float32)]
 STATIC = Arithmetic(activations="uint8")
@@ -216,3 +216,18 @@ def test_right_factors_are_symmetric_where_the_runtime_wants_it(model: nn.Module
             assert layer.output == affines[name.removesuffix("v") + "value"]
         elif name.endswith("attention.proj"):
             assert layer.input == affines[name.removesuffix("proj") + "attended"]
+
+
+def test_only_what_is_rounded_with_fixed_scales_needs_a_range(model: nn.Module, ranges: Ranges) -> None:
+    deployed, operators = deploy(model), frozenset({"linear", "conv"})
+    dynamic = Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", conv="dynamic")
+    assert places_with_ranges(deployed, [(operators, dynamic)]) == frozenset()
+    mlp = dataclasses.replace(dynamic, mlp="static", linear_output=True)
+    fixed = {f"{name}.{end}" for name in kinds(deployed, nn.Linear) if name.endswith(("fc1", "fc2")) for end in ("input", "output")}
+    assert places_with_ranges(deployed, [(operators, dynamic), (operators, mlp)]) == fixed
+    assert len(fixed) == 6 * 2 * 2
+    assert observe(deployed, lambda: iter(IMAGES), places=fixed) == {place: ends for place, ends in ranges.items() if place in fixed}
+    for method in ("minmax", "mse"):
+        everything = observe(deployed, lambda: iter(IMAGES), method)
+        assert observe(deployed, lambda: iter(IMAGES), method, fixed) == {place: everything[place] for place in fixed}
+    assert observe(deployed, lambda: iter(IMAGES), places=[]) == {}

@@ -30,8 +30,8 @@ from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
-from gcvit_edge.quantization.learned import Rounding, learnable
-from gcvit_edge.quantization.scheme import quantize
+from gcvit_edge.quantization.learned import learnable
+from gcvit_edge.quantization.scheme import Rounding, quantize
 from gcvit_edge.recipe import parse_recipe
 from gcvit_edge.training.images import LabelledImages, Samples
 from gcvit_edge.training.loop import fit, make_accelerator
