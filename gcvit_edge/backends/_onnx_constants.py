@@ -13,25 +13,14 @@ if TYPE_CHECKING:
 
 
 def fold_at_load(model: "ModelProto") -> None:
-    """Replaces DequantizeLinear of symmetric INT8 initializers by Cast and Mul, in place, but for weights of quantized convolutions."""
+    """Replaces DequantizeLinear of symmetric INT8 initializers by Cast and Mul, in place."""
     from onnx import helper, numpy_helper
 
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-
-    def of_integer_kernel(node: "NodeProto") -> bool:
-        maker = makers.get(node.input[0])
-        return maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] not in tensors
-
     nodes: list[NodeProto] = []
     for node in graph.node:
-        constant = node.op_type == "DequantizeLinear" and node.input[0] in tensors
-        if not constant or any(of_integer_kernel(reader) for reader in readers[node.output[0]]):
+        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:
             nodes.append(node)
             continue
         scale = numpy_helper.to_array(tensors[node.input[1]])

@@ -52,6 +52,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     import torch
 
     from gcvit_edge.backends._onnx_constants import fold_at_load
+    from gcvit_edge.backends._onnx_norms import fuse_norms
     from gcvit_edge.backends._onnx_operators import pack_grouped_weights, translations
 
     with torch.no_grad():
@@ -61,6 +62,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
         )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    fuse_norms(program.model)
     model = program.model_proto
     pack_grouped_weights(model)
     fold_at_load(model)

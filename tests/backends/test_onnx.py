@@ -36,7 +36,8 @@ def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["MatMul"] + kinds["Gemm"] == 1 + 2 * 9  # the head and the gates of nine Fused-MBConvs keep exact activations
     assert kinds["Attention"] == 6
-    assert kinds["RMSNormalization"] == 6 * 2 + 4 * 2 + 1
+    assert kinds["SkipSimplifiedLayerNormalization"] == 6 * 2 + 4 * 2 + 1
+    assert kinds["RMSNormalization"] == 0
     linears = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
     assert all(weights[node.input[1]].data_type == onnx.TensorProto.INT8 for node in linears)
     inputs = Counter(produced[node.input[0]].op_type for node in linears)

@@ -58,18 +58,3 @@ def test_a_float_convolution(tmp_path: Path, axis: int | None) -> None:
     assert run_time_operators(graph, tmp_path) == {"Conv": 1}
     assert {tensor.data_type for tensor in graph.graph.initializer} == {TensorProto.INT8, TensorProto.FLOAT}
     assert len(graph.graph.initializer) == 2
-
-
-def test_a_quantized_convolution_keeps_what_its_kernel_is_found_by() -> None:
-    scale, zero = np.float32(0.05), np.uint8(128)
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "step", "middle"], ["integers"]),
-        helper.make_node("DequantizeLinear", ["integers", "step", "middle"], ["rounded"]),
-        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["weight"], axis=0),
-        helper.make_node("Conv", ["rounded", "weight"], ["y"]),
-    ]
-    scales = np.full(6, 0.02, np.float32)
-    graph = model(nodes, w=VALUES, scale=scales, zero=np.zeros(6, np.int8), step=np.asarray(scale), middle=np.asarray(zero))
-    before = graph.SerializeToString(deterministic=True)
-    fold_at_load(graph)
-    assert graph.SerializeToString(deterministic=True) == before
