@@ -222,7 +222,8 @@ def main() -> None:
         with steps.step("time", ROUNDS * len(built)) as advance:
             timings = time_artifacts([artifact for _, artifact in built], (1, 3, *side), arguments.threads, ROUNDS, advance)
         stock = {a.backend: t for (form, a), t in zip(built, timings, strict=True) if (form, a.precision) == ("stock", "float")}
-        entries = [entry(form, a, t, stock[a.backend]) for (form, a), t in zip(built, timings, strict=True)]
+        what = {"model": arguments.model, "img_size": list(side), "cpu": cpu_name(), "threads": arguments.threads}
+        entries = [what | entry(form, a, t, stock[a.backend]) for (form, a), t in zip(built, timings, strict=True)]
     table = Table("runtime", "form", "precision", title=f"{arguments.model}, {cpu_name()}, {arguments.threads} threads, batch 1")
     for heading in ("ms p50", "min", "x stock float", "MB", "load ms", "peak MB"):
         table.add_column(heading, justify="right")

@@ -56,19 +56,33 @@ STOCK_HEADER = """\
 
 
 def stock_table() -> str:
-    """Ours against the stock way, markers included."""
-    lines = []
-    runs = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results" / "vs_stock").glob("*.json")}
-    for name, entries in sorted(runs.items(), key=lambda run: run[1][0]["p50_ms"]):  # the smallest model first
-        for runtime in dict.fromkeys(entry["runtime"] for entry in entries):
-            by = {(entry["form"], entry["precision"]): entry for entry in entries if entry["runtime"] == runtime}
-            cells = [
-                f"{by[key]['p50_ms']:.1f} ms" + (f", {by[key]['speedup_vs_stock_float']:.2f}x" if key != ("stock", "float") else "")
-                for key in (("stock", "float"), ("stock", "int8"), ("ours", "float"), ("ours", "int8"))
-            ]
-            sizes = f"{by['ours', 'int8']['size_bytes'] / 1e6:.1f} of {by['ours', 'float']['size_bytes'] / 1e6:.1f}"
-            lines.append(f"| {name} | {runtime} | {' | '.join(cells)} | {sizes} |")
-    return "\n".join([STOCK_BEGIN, STOCK_HEADER, *lines, STOCK_END])
+    """Ours against the stock way, a table for each CPU, markers included."""
+    runs = [json.loads(path.read_text()) for path in (ROOT / "results" / "vs_stock").glob("*.json")]
+    parts = []
+    for cpu in sorted({run[0]["cpu"] for run in runs}):
+        here = sorted((run for run in runs if run[0]["cpu"] == cpu), key=lambda run: run[0]["p50_ms"])  # the smallest model first
+        parts += [
+            "",
+            f"{cpu}, {here[0][0]['threads']} threads, batch 1:",
+            "",
+            STOCK_HEADER,
+            *(row for run in here for row in stock_rows(run)),
+        ]
+    return "\n".join([STOCK_BEGIN, *parts[1:], STOCK_END])
+
+
+def stock_rows(entries: list[dict[str, Any]]) -> list[str]:
+    """One row a runtime."""
+    rows = []
+    for runtime in dict.fromkeys(entry["runtime"] for entry in entries):
+        by = {(entry["form"], entry["precision"]): entry for entry in entries if entry["runtime"] == runtime}
+        cells = [
+            f"{by[key]['p50_ms']:.1f} ms" + (f", {by[key]['speedup_vs_stock_float']:.2f}x" if key != ("stock", "float") else "")
+            for key in (("stock", "float"), ("stock", "int8"), ("ours", "float"), ("ours", "int8"))
+        ]
+        sizes = f"{by['ours', 'int8']['size_bytes'] / 1e6:.1f} of {by['ours', 'float']['size_bytes'] / 1e6:.1f}"
+        rows.append(f"| {entries[0]['model']}, {entries[0]['img_size'][0]} px | {runtime} | {' | '.join(cells)} | {sizes} |")
+    return rows
 
 
 ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
