@@ -59,7 +59,7 @@ def full(*more: Operator) -> Callable[[Recipe], Recipe]:
 
 
 ROWS = (
-    *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16")),
+    *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16", "bf16")),
     Row("int8_ptq_full, residual additions too", "int8_ptq_full", full("residual"), every=1),
     Row("int8_ptq, every fifth image", "int8_ptq"),
     Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1)),

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Precision = Literal["int8", "w4a8", "int4", "fp16"]
+Precision = Literal["int8", "w4a8", "int4", "fp16", "bf16"]
 """int8: weights and activations. w4a8: weights of linears in 4 bits, groups of 32. int4: the same with activations in float.
-fp16: weights in half precision, computed in float. Files have it in their names."""
+fp16, bf16: weights in half precision, computed in float. Files have it in their names."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gcvit_edge.model.info import ModelInfo
 
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
-PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8", "int4", "fp16"})
+PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8", "int4", "fp16", "bf16"})
 ARTIFACT = "model.{precision}.onnx"
 RUNTIME = "onnxruntime"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gcvit_edge.model.info import ModelInfo
 
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
-PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16"})
+PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16", "bf16"})
 ARTIFACT = "openvino/model.{precision}.xml"
 RUNTIME = "openvino"
 PACKAGES = ("openvino", "torch")

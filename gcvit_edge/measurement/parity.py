@@ -16,7 +16,8 @@ from gcvit_edge.measurement.accuracy import sqnr_db
 # What has short weights alone is computed in float.
 Arithmetic = Literal["float", "tf32", "float16", "bfloat16"] | Precision
 MIN_SQNR_DB: dict[Arithmetic, float] = {
-    "float": 80.0, "fp16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "int8": 20.0, "w4a8": 20.0
+    "float": 80.0, "fp16": 80.0, "bf16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "int8": 20.0,
+    "w4a8": 20.0,
 }  # fmt: skip
 EQUAL_DB = 999.0  # stands for infinity, which JSON does not have
 

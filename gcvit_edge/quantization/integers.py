@@ -101,13 +101,13 @@ class GroupedWeight(nn.Module):
 
 
 class HalfWeight(nn.Module):
-    """A weight or constant in float16; forward() is it in float32."""
+    """A weight or constant in float16 or bfloat16; forward() is it in float32."""
 
     values: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("values", weight.detach().half())
+        self.register_buffer("values", weight.detach().to(dtype))
 
     def forward(self) -> Tensor:
         return self.values.float()

@@ -30,6 +30,7 @@ Rounding = tuple[frozenset[Operator], Arithmetic]
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
 _LATE_POINTWISE = re.compile(r"stages\.[23]\..*\.pointwise")
+_HALVES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _MLP = ("fc1", "fc2")
 _RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attention.value")  # right factors of products
 _ANSWERS = ("scores", "attended")  # of products of attention: float where kernels answer in float
@@ -89,10 +90,11 @@ def quantize(
         return StaticLayer(layer, affine(f"{name}.input"), None)
 
     def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
-        if precision == "fp16" and isinstance(module, nn.Linear | nn.Conv2d):
-            return WeightLayer(module, HalfWeight(module.weight))
+        half = _HALVES.get(precision)
+        if half is not None and isinstance(module, nn.Linear | nn.Conv2d):
+            return WeightLayer(module, HalfWeight(module.weight, half))
         if isinstance(module, Constant):
-            return HalfWeight(module.value) if precision == "fp16" else IntegerConstant(module.value)
+            return IntegerConstant(module.value) if half is None else HalfWeight(module.value, half)
         if isinstance(module, nn.Linear) and "linear" in operators:
             return linear(name, module)
         if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):

@@ -44,12 +44,13 @@ def test_grouped_weight_wants_whole_groups() -> None:
         GroupedWeight(torch.randn(4, 40))
 
 
-def test_half_weight() -> None:
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_half_weight(dtype: torch.dtype, error: float) -> None:
     weight = torch.randn(5, 7)
-    half = HalfWeight(weight)
-    assert half.values.dtype == torch.float16
+    half = HalfWeight(weight, dtype)
+    assert half.values.dtype == dtype
     assert half().dtype == torch.float32
-    torch.testing.assert_close(half(), weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(half(), weight, rtol=error, atol=1e-6)
 
 
 def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn.Module) -> None:

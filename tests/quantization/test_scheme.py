@@ -1,6 +1,7 @@
 """Which layers are in integers, and that ranges and answers do not depend on how a form is written."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,12 +186,13 @@ def wide(network: nn.Module) -> set[str]:
     return {name for name, each in network.named_modules() if isinstance(each, nn.Linear) and each.in_features % GroupedWeight.GROUP == 0}
 
 
-def test_half_precision_has_all_weights(model: nn.Module, ranges: Ranges) -> None:
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 55), ("bf16", 38)])
+def test_half_precision_has_all_weights(model: nn.Module, ranges: Ranges, precision: Any, limit: float) -> None:
     deployed = deploy(model)
-    quantized = quantize(deployed, frozenset({"linear", "conv"}), STATIC, ranges, "fp16")
+    quantized = quantize(deployed, frozenset({"linear", "conv"}), STATIC, ranges, precision)
     assert kinds(quantized, nn.Linear) == kinds(quantized, nn.Conv2d) == []
     assert len(kinds(quantized, HalfWeight)) == len(kinds(deployed, nn.Linear)) + len(kinds(deployed, nn.Conv2d)) + 6
-    assert sqnr_db(logits(quantized), logits(model)) > 55
+    assert sqnr_db(logits(quantized), logits(model)) > limit
 
 
 def test_grouped_linear_is_a_product_with_its_integers() -> None:
