@@ -38,7 +38,7 @@ def sensitivity_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
     right.hlines(names, [everything] * len(values), values, color=ORANGE, linewidth=2)
     right.plot(values, names, "o", color=ORANGE, markersize=5)
     right.axvline(everything, color=RED, linewidth=1)
-    right.text(everything, len(names) - 0.4, f"all rounded: {everything:.1f} dB", color=RED, fontsize=7, ha="center", va="bottom")
+    right.text(everything, len(names) - 0.4, f" all rounded: {everything:.1f} dB", color=RED, fontsize=7, ha="left", va="bottom")
     right.set_yticks([])
     for axes in (left, right):
         axes.set_ylim(-0.7, len(names) + 0.2)
