@@ -28,7 +28,7 @@ from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.plan import plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
-from gcvit_edge.recipe import Operator, Recipe, parse_recipe, recipe_text
+from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import run_artifacts
 
 
@@ -53,14 +53,10 @@ def changed(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: recipe.model_copy(update=changes)
 
 
-def full(*more: Operator) -> Callable[[Recipe], Recipe]:
-    """int8_ptq_full with more operators in integers."""
-    return changed(operators=("linear", "conv", "attention", *more))
-
-
 ROWS = (
     *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16", "bf16")),
-    Row("int8_ptq_full, residual additions too", "int8_ptq_full", full("residual"), every=1),
+    Row("int8_ptq_full, residual additions too", "int8_ptq_full",
+        changed(operators=("linear", "conv", "attention", "residual")), every=1),
     Row("int8_ptq, every fifth image", "int8_ptq"),
     Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1)),
     Row("int8_ptq, 32 calibration images", "int8_ptq", calibration(images=32), ("openvino",)),

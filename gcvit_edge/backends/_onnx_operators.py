@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gcvit_edge.quantization import layers
+from gcvit_edge.quantization.integers import GroupedWeight
+
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_GROUP = 32  # input channels with one scale, of INT4 weights
 _END = 2**63 - 1  # of an axis
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For `torch.onnx.export`: our own operators of PyTorch, and what they are in ONNX."""
-    from gcvit_edge.quantization import layers
-
     return {
         layers.dynamic_linear._opoverload: _dynamic_linear,
         layers.dynamic_conv._opoverload: _dynamic_conv,
@@ -77,7 +77,7 @@ def _grouped_linear(x: Any, values: Any, scale: Any, rounded: bool) -> Any:
     outputs, channels = values.shape
     operator: Any = Op(Opset("com.microsoft", 1), "MatMulNBits", schema)
     level = 4 if rounded else 1  # activations in INT8, or in float
-    return operator(x, values, scale, K=int(channels), N=int(outputs), bits=4, block_size=_GROUP, accuracy_level=level)
+    return operator(x, values, scale, K=int(channels), N=int(outputs), bits=4, block_size=GroupedWeight.GROUP, accuracy_level=level)
 
 
 def pack_grouped_weights(model: "ModelProto") -> None:
@@ -91,6 +91,6 @@ def pack_grouped_weights(model: "ModelProto") -> None:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             weight, scale = (tensors[name] for name in node.input[1:3])
-            values = (numpy_helper.to_array(weight) + 8).astype(np.uint8).reshape(weight.dims[0], -1, _GROUP)
+            values = (numpy_helper.to_array(weight) + 8).astype(np.uint8).reshape(weight.dims[0], -1, GroupedWeight.GROUP)
             weight.CopyFrom(numpy_helper.from_array(values[..., ::2] | values[..., 1::2] << 4, weight.name))
             scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale).reshape(-1), scale.name))

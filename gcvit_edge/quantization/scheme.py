@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import torch
@@ -114,21 +115,10 @@ def quantize(
 
 def places_with_ranges(deployed: nn.Module, runtimes: Sequence[Rounding], precision: Precision = "int8") -> frozenset[str]:
     """The places that any of these runtimes rounds with a scale of calibration."""
-    asked = _Asked()
+    asked: Ranges = defaultdict(lambda: (-1.0, 1.0))  # which keeps what it was asked for
     for operators, arithmetic in runtimes:
         quantize(deployed, operators, arithmetic, asked, precision)
-    return frozenset(asked.places)
-
-
-class _Asked(dict[str, tuple[float, float]]):
-    """Ranges that only note which were asked for."""
-
-    def __init__(self) -> None:
-        self.places: set[str] = set()
-
-    def __missing__(self, place: str) -> tuple[float, float]:
-        self.places.add(place)
-        return (-1.0, 1.0)
+    return frozenset(asked)
 
 
 def _is_worth_it(conv: nn.Conv2d) -> bool:
