@@ -4,6 +4,7 @@ import gc
 import platform
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
+from gcvit_edge.beside import FloatArtifacts
 from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.bundle.manifest import RecipeCopy
 from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.lower import integer_operators, lower_float, lower_quantized, roundings
+from gcvit_edge.lower import integer_operators, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.plan import Job, plan
@@ -56,6 +58,7 @@ def quantize(
     calib: str | Path | None = None,
     eval: str | Path | None = None,
     train: str | Path | None = None,
+    eval_images: int | None = None,
     backends: Sequence[str] | None = None,
     output: str | Path | None = None,
     threads: int | None = None,
@@ -71,9 +74,10 @@ def quantize(
 
     recipe: name or YAML file. model: variant name, or a network from `create_model`; None recognises the weights. weights: a
     checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval, train: folders (or .zip) of
-    images, one sub-folder a class; train, device ("auto", "cpu" or "cuda") and resume are for recipes that fine-tune. backends:
-    default, those of the recipe. output: the bundle to make. keep_float: ship the float artifacts too. zip: one file instead of a
-    folder. max_drop: in percentage points, instead of the recipe's limit. steps: where progress goes.
+    images, one sub-folder a class; train, device ("auto", "cpu" or "cuda") and resume are for recipes that fine-tune. eval_images: how
+    many of eval, spread evenly over the classes (None: all). backends: default, those of the recipe. output: the bundle to make.
+    keep_float: ship the float artifacts too. zip: one file instead of a folder. max_drop: in percentage points, instead of the recipe's
+    limit. steps: where progress goes.
 
     Raises:
         UserError: bad input; nothing was written.
@@ -83,8 +87,8 @@ def quantize(
     """
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
-        train=train, backends=backends, output=output, threads=threads, device=device, resume=resume, force=force, keep_float=keep_float,
-        zip=zip, max_drop=max_drop,
+        train=train, eval_images=eval_images, backends=backends, output=output, threads=threads, device=device, resume=resume, force=force,
+        keep_float=keep_float, zip=zip, max_drop=max_drop,
     )  # fmt: skip
     if job.tuning is not None and job.tuning.accelerator.num_processes > 1:
         raise UserError("several processes are for the command: accelerate launch -m gcvit_edge quantize ...; call quantize() in one")
@@ -104,8 +108,7 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
         work = Path(scratch)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
         calibrated, prepared = _prepare(job, work, steps)
-        held_out = _hold_out(job, work, steps)
-        made = [_make(job, name, calibrated, held_out, work, stage, steps) for name in job.backends]
+        made = _make(job, calibrated, work, stage, steps)
         report = _measure(job, made, pixels, stage, steps)
         report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
@@ -154,18 +157,31 @@ def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float3
     return list(inputs(pixels, job.info.preprocessing, len(pixels.kept)))
 
 
-def _make(job: Job, name: str, calibrated: "Calibrated", held_out: HeldOut | None, work: Path, stage: Path, steps: Steps) -> Made:
-    """Float and INT8 artifact of one backend."""
-    with steps.step(f"{name}: export float"):
-        float_artifact = lower_float(name, job.model, job.info, stage if job.keep_float else work)
-    if held_out is not None:
-        artifact, report = search(name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, work, job.threads, steps)
-        gc.collect()
-        return Made(float_artifact, artifact, report)
-    with steps.step(f"{name}: export {job.recipe.precision}"):
-        int8_artifact = lower_quantized(name, calibrated, job.info, job.recipe, stage)
+def _make(job: Job, calibrated: "Calibrated", work: Path, stage: Path, steps: Steps) -> list[Made]:
+    """Float and quantized artifact of every backend."""
+    held_out = _hold_out(job, work, steps)
+    with closing(FloatArtifacts(job.model, job.info, job.backends, stage if job.keep_float else work, work)) as beside:
+        if held_out is not None:  # a search compares with float
+            floats = _wait(beside, steps)
+            return [_search(job, each, calibrated, held_out, work, stage, steps) for each in floats]
+        quantized = []
+        for name in job.backends:
+            with steps.step(f"{name}: export {job.recipe.precision}"):
+                quantized.append(lower_quantized(name, calibrated, job.info, job.recipe, stage))
+            gc.collect()
+        return [Made(*each) for each in zip(_wait(beside, steps), quantized, strict=True)]
+
+
+def _wait(beside: FloatArtifacts, steps: Steps) -> list[Artifact]:
+    with steps.step("export float"):
+        return beside.wait()
+
+
+def _search(job: Job, float_artifact: Artifact, calibrated: "Calibrated", held_out: HeldOut, work: Path, stage: Path, steps: Steps) -> Made:
+    name = float_artifact.backend
+    artifact, report = search(name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, work, job.threads, steps)
     gc.collect()
-    return Made(float_artifact, int8_artifact)
+    return Made(float_artifact, artifact, report)
 
 
 def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> dict[str, Any]:

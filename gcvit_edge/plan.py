@@ -63,6 +63,7 @@ def plan(
     calib: str | Path | None = None,
     eval: str | Path | None = None,
     train: str | Path | None = None,
+    eval_images: int | None = None,
     backends: Sequence[str] | None = None,
     output: str | Path | None = None,
     threads: int | None = None,
@@ -98,6 +99,10 @@ def plan(
     train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
+    if eval_images is not None:
+        if eval_images < 1:
+            raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {eval}")
+        evaluation = evaluation.select(eval_images, parsed.calibration.seed)
     classes = class_indices(evaluation, info.labels)
     if len(calibration.files) < MIN_CALIBRATION_IMAGES:
         raise UserError(

@@ -53,7 +53,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ExportedProgram":
     """Exports for `to_edge_transform_and_lower`."""
     import torch
 
-    return torch.export.export(deployed, (example,), strict=True)
+    return torch.export.export(deployed, (example,))
 
 
 def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:

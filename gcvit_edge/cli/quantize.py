@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the accuracy; other images than --calib")
+    images.add_argument("--eval-images", type=int, metavar="N", help="of --eval, spread evenly over the classes (default: all)")
     tuning = parser.add_argument_group("fine-tuning, of recipes with a section `qat`")
     tuning.add_argument("--train", type=Path, metavar="DIR", help="to fine-tune on: a folder or .zip as above; other images than --eval")
     tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
@@ -53,8 +54,9 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
 
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
-        backends=arguments.backends, output=arguments.output, threads=arguments.threads, device=arguments.device, resume=arguments.resume,
-        force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip, max_drop=arguments.max_drop,
+        eval_images=arguments.eval_images, backends=arguments.backends, output=arguments.output, threads=arguments.threads,
+        device=arguments.device, resume=arguments.resume, force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
+        max_drop=arguments.max_drop,
     )  # fmt: skip
     main = job.tuning is None or job.tuning.accelerator.is_main_process
     if arguments.dry_run and not main:

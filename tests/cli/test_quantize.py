@@ -38,6 +38,13 @@ def test_dry_run_on_own_model(command: Command, tiny: Tiny, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_some_of_the_evaluation_images(command: Command, tiny: Tiny) -> None:
+    assert command("quantize", *own(tiny), "--eval-images", 10, "--dry-run", "--json").json["evaluation_images"] == 10
+    # fewer than classes: the class names are those of all folders nevertheless
+    assert command("quantize", *own(tiny), "--eval-images", 2, "--dry-run", "--json").json["classes"] == len(CLASSES)
+    assert "eval_images must be at least 1, got 0" in command.refuses("quantize", *own(tiny), "--eval-images", 0)
+
+
 def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     bundle, done = made
     assert done.returncode == 0, done.stderr
@@ -54,10 +61,10 @@ def test_broken_limits_are_exit_3(command: Command, tiny: Tiny, bundle: Path, tm
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.pipeline import Made
 
-    def made_before(job: object, name: str, calibrated: object, held_out: object, work: Path, stage: Path, steps: object) -> Made:
+    def made_before(job: object, calibrated: object, work: Path, stage: Path, steps: object) -> list[Made]:
         before = Path(shutil.copy(bundle / "model.float.onnx", work))
         after = Path(shutil.copy(bundle / "model.int8.onnx", stage))
-        return Made(Artifact("onnx", "float", before, (before,)), Artifact("onnx", "int8", after, (after,)))
+        return [Made(Artifact("onnx", "float", before, (before,)), Artifact("onnx", "int8", after, (after,)))]
 
     monkeypatch.setattr("gcvit_edge.pipeline._make", made_before)  # measuring and packing are real
     recipe = tmp_path / "strict.yaml"

@@ -19,7 +19,6 @@ from gcvit_edge.recipe import Operator, Recipe
 from gcvit_edge.training.optimization import objective
 from gcvit_edge.training.settings import TrainSettings
 
-
 OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
 
 
