@@ -54,6 +54,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     from gcvit_edge.backends._onnx_constants import fold_at_load
     from gcvit_edge.backends._onnx_norms import fuse_norms
     from gcvit_edge.backends._onnx_operators import pack_grouped_weights, translations
+    from gcvit_edge.backends._onnx_position_bias import store_tables
 
     with torch.no_grad():
         program = torch.onnx.export(
@@ -63,6 +64,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     fuse_norms(program.model)
+    store_tables(program.model)
     model = program.model_proto
     pack_grouped_weights(model)
     fold_at_load(model)
