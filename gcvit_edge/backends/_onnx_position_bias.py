@@ -69,7 +69,9 @@ def _index(graph: "Graph", window: Window) -> "Value":
     import onnx_ir as ir
 
     name = f"relative_positions_{window[0]}x{window[1]}"
-    left, right = (ir.Value(name=f"{name}.{i}", const_value=ir.tensor(each, name=f"{name}.{i}")) for i, each in enumerate(_positions(window)))
+    left, right = (
+        ir.Value(name=f"{name}.{i}", const_value=ir.tensor(each, name=f"{name}.{i}")) for i, each in enumerate(_positions(window))
+    )
     for each in (left, right):
         graph.register_initializer(each)
     difference = ir.node("Sub", [left, right], name=name)

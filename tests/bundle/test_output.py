@@ -22,7 +22,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
 
     def make(job: Any, name: str, calibrated: Any, held_out: Any, work: Path, stage: Path, steps: Any) -> Made:
         path = Path(shutil.copy(bundle.root / "model.int8.onnx", stage))
-        return Made(Artifact("onnx", "float", path, (path,)), Artifact("onnx", "int8", path, (path,)))
+        return [Made(Artifact("onnx", "float", path, (path,)), Artifact("onnx", "int8", path, (path,)))]
 
     monkeypatch.setattr("gcvit_edge.pipeline._make", make)
     monkeypatch.setattr("gcvit_edge.pipeline._measure", lambda *_: json.loads((bundle.root / "report.json").read_text()))

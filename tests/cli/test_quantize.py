@@ -149,7 +149,7 @@ def test_baseline_no_better_than_chance_is_exit_4(command: Command, tiny: Tiny, 
     from gcvit_edge import pipeline
 
     guesses = np.tile(np.eye(4, dtype=np.float32), (EVALUATION_IMAGES // 4, 1))
-    monkeypatch.setattr(pipeline, "_make", lambda *_: pipeline.Made(None, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(pipeline, "_make", lambda *_: [pipeline.Made(None, None)])  # type: ignore[arg-type]
     monkeypatch.setattr(pipeline, "run_artifacts", lambda *_: [guesses, guesses])
     outcome = command("quantize", *own(tiny), "-o", "out", "--json")
     assert outcome.code == 4
