@@ -20,7 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.pipeline import Made
 
-    def make(job: Any, name: str, calibrated: Any, held_out: Any, work: Path, stage: Path, steps: Any) -> Made:
+    def make(job: Any, calibrated: Any, work: Path, stage: Path, steps: Any) -> list[Made]:
         path = Path(shutil.copy(bundle.root / "model.int8.onnx", stage))
         return [Made(Artifact("onnx", "float", path, (path,)), Artifact("onnx", "int8", path, (path,)))]
 
