@@ -4,6 +4,7 @@ Expanded to all pairs of positions they are 14 % of the float file of GC ViT-XXT
 constants are folded at load, so an inference has no more to do; and the values are the same to the bit.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,15 +23,20 @@ def store_tables(model: "Model") -> None:
     graph = model.graph
     indices: dict[Window, Value] = {}
     for value in list(graph.initializers.values()):
-        shape = () if value.const_value is None else value.const_value.shape.numpy()
-        if value.const_value is None or len(shape) != 4 or shape[0] != 1 or shape[2] != shape[3] or shape[2] < _SMALLEST:
+        tensor = value.const_value
+        if tensor is None or not _is_square(tensor.shape.numpy()):
             continue
-        bias = value.const_value.numpy()
+        bias = tensor.numpy()
         window = window_of(bias)
         if window is not None and len(value.uses()) == 1:
             if window not in indices:
                 indices[window] = _index(graph, window)
             _look_up(graph, value, table_of(bias, window), indices[window])
+
+
+def _is_square(shape: Sequence[int]) -> bool:
+    """Whether it is (1, heads, N, N), with enough positions for a table to be smaller."""
+    return len(shape) == 4 and shape[0] == 1 and shape[2] == shape[3] >= _SMALLEST
 
 
 def window_of(bias: NDArray[np.generic]) -> Window | None:
