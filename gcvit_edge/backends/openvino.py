@@ -3,6 +3,7 @@
 Sources: OpenVINO 2026, "Low Precision Transformations" and "PyTorch frontend extensions"; Model API conventions for `model_info`.
 """
 
+import re
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -120,9 +121,18 @@ def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
         graph.set_rt_info(value, ["model_info", key])
     # else the CPU plugin rounds activations of linears with INT4 weights, where it sees fit
     graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    _name_nodes(graph, info.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(graph, path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
+
+
+def _name_nodes(graph: "Model", name: str) -> None:
+    """Numbers what OpenVINO numbers by a counter of the process, so that a model's file is the same whatever was converted before it."""
+    graph.set_friendly_name(name)
+    for index, node in enumerate(graph.get_ordered_ops()):
+        if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
 
 
 def load(path: Path, threads: int) -> "Runner":

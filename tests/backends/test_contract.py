@@ -63,10 +63,6 @@ def test_int8_artifact_is_close_and_no_float_in_disguise(made: Made) -> None:
     assert 25 < noise < 70
 
 
-def test_quantization_leaves_the_model_alone(made: Made) -> None:
-    np.testing.assert_array_equal(made.run(made.float), made.run(made.float_again))
-
-
 def test_same_answers_on_one_and_two_threads(made: Made) -> None:
     assert sqnr_db(made.run(made.int8, threads=2), made.run(made.int8, threads=1)) > 60
 
@@ -86,11 +82,10 @@ def test_files_exist_and_int8_is_smaller(made: Made) -> None:
     assert made.int8.size_bytes < made.float.size_bytes
 
 
-def test_quantization_repeats(made: Made, tmp_path: Path) -> None:
-    again = made.quantized(tmp_path)
-    assert [sha256(file) for file in again.files] == [sha256(file) for file in made.int8.files] or sqnr_db(
-        made.run(again), made.run(made.int8)
-    ) > 100
+def test_files_repeat(made: Made, tmp_path: Path) -> None:
+    """To the bit, whatever the process made before: counters of exporters must not show."""
+    for first, again in ((made.float, made.float_again), (made.int8, made.quantized(tmp_path))):
+        assert [sha256(file) for file in again.files] == [sha256(file) for file in first.files]
 
 
 def test_requirements_name_runtime_version_and_operators(made: Made) -> None:
