@@ -15,7 +15,8 @@ from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.gcvit import GCViT, LayerScale
 
-torch.set_num_threads(2)
+# with two, as many processes of tests as CPUs would wait for each other: threads spin, and a suite takes twice as long
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """Images of four colours, and a run of the loop on them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import CLASSES, write_images
 from torch import nn
 
@@ -16,15 +15,6 @@ from gcvit_edge.training.loop import Epoch, fit, make_accelerator
 from gcvit_edge.training.settings import TrainSettings
 
 SMALL = Preprocessing(size=(32, 32), resize=36)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """One thread for small networks: with more, threads wait for each other longer than they compute on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
