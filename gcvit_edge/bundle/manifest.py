@@ -98,8 +98,8 @@ def read_manifest(root: Path, source: Path) -> Manifest:
             raise UserError(f"{source} has bundle format {data.get('format_version')}, this gcvit-edge reads {FORMAT_VERSION}; update it")
         manifest = Manifest.model_validate(data)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
+        raise UserError(f"{MANIFEST} of {source} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
     for file in manifest.files:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\\" in file.path:
-            raise UserError(f"{path} lists the file {file.path!r}, which lies outside the bundle; do not use it")
+            raise UserError(f"{MANIFEST} of {source} lists the file {file.path!r}, which lies outside the bundle; do not use it")
     return manifest

@@ -26,8 +26,11 @@ def test_paths_that_lead_outside_are_refused(path: str, copy: Path) -> None:
 )
 def test_damaged_manifest(content: bytes, copy: Path) -> None:
     (copy / "bundle.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"bundle\.json is damaged: .*; get the bundle again"):
+    with pytest.raises(UserError, match=r"bundle\.json of .*copy is damaged: .*; get the bundle again"):
         open_bundle(copy)
+    # of a zip that is the zip, not where it was unpacked
+    with pytest.raises(UserError, match=r"bundle\.json of .*mine\.zip is damaged: .*; get the bundle again"):
+        open_bundle(zipped(copy, copy.parent / "mine.zip"))
 
 
 def test_unknown_manifest_key(copy: Path) -> None:
