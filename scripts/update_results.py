@@ -60,7 +60,8 @@ def stock_table() -> str:
     runs = [json.loads(path.read_text()) for path in (ROOT / "results" / "vs_stock").glob("*.json")]
     parts = []
     for cpu in sorted({run[0]["cpu"] for run in runs}):
-        here = sorted((run for run in runs if run[0]["cpu"] == cpu), key=lambda run: run[0]["p50_ms"])  # the smallest model first
+        here = [run for run in runs if run[0]["cpu"] == cpu]
+        here.sort(key=lambda run: (run[0]["img_size"], run[0]["p50_ms"]))  # by image size, the smallest model first
         parts += [
             "",
             f"{cpu}, {here[0][0]['threads']} threads, batch 1:",
