@@ -128,7 +128,10 @@ def save(graph: "Model", path: Path, info: "ModelInfo") -> list[Path]:
 
 
 def _name_nodes(graph: "Model", name: str) -> None:
-    """Numbers what OpenVINO numbers by a counter of the process, so that a model's file is the same whatever was converted before it."""
+    """Numbers what OpenVINO numbers by a counter of the process, so that a model's file is the same whatever was converted before it.
+
+    Those are nodes without a name of the PyTorch graph, which has dots and slashes: `Constant_366`.
+    """
     graph.set_friendly_name(name)
     for index, node in enumerate(graph.get_ordered_ops()):
         if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):

@@ -63,6 +63,10 @@ def test_int8_artifact_is_close_and_no_float_in_disguise(made: Made) -> None:
     assert 25 < noise < 70
 
 
+def test_quantization_leaves_the_model_alone(made: Made) -> None:
+    np.testing.assert_array_equal(made.run(made.float), made.run(made.float_again))
+
+
 def test_same_answers_on_one_and_two_threads(made: Made) -> None:
     assert sqnr_db(made.run(made.int8, threads=2), made.run(made.int8, threads=1)) > 60
 
