@@ -1,4 +1,4 @@
-"""Writes the results tables of README.md from reports.
+"""Writes the results tables of README.md, and its picture, from reports.
 
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
     python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
@@ -9,12 +9,16 @@
 
 Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each
 results/vs_stock/MODEL.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark wrote; the tables have
-one row a runtime, one a file on an emulated CPU, and one an artifact.
+one row a runtime, one a file on an emulated CPU, and one an artifact. The picture, results/vs_stock.svg, shows GC ViT-XXT and B of
+results/vs_stock; it needs `gcvit-edge[analyze]`.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -55,9 +59,14 @@ STOCK_HEADER = """\
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
+def stock_runs() -> list[list[dict[str, Any]]]:
+    """The entries of every run against the stock way."""
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "vs_stock").glob("*.json"))]
+
+
 def stock_table() -> str:
     """Ours against the stock way, a table for each CPU, markers included."""
-    runs = [json.loads(path.read_text()) for path in (ROOT / "results" / "vs_stock").glob("*.json")]
+    runs = stock_runs()
     parts = []
     for cpu in sorted({run[0]["cpu"] for run in runs}):
         here = [run for run in runs if run[0]["cpu"] == cpu]
@@ -84,6 +93,50 @@ def stock_rows(entries: list[dict[str, Any]]) -> list[str]:
         sizes = f"{by['ours', 'int8']['size_bytes'] / 1e6:.1f} of {by['ours', 'float']['size_bytes'] / 1e6:.1f}"
         rows.append(f"| {entries[0]['model']}, {entries[0]['img_size'][0]} px | {runtime} | {' | '.join(cells)} | {sizes} |")
     return rows
+
+
+PICTURED = ("gcvit_xxtiny", "gcvit_base")
+RUNTIMES = {"executorch": "ExecuTorch", "openvino": "OpenVINO", "onnx": "ONNX Runtime"}
+BARS = {  # grey: the stock way, blue: ours
+    ("stock", "float"): ("stock float", "#cccccc"),
+    ("stock", "int8"): ("stock INT8", "#8a8a8a"),
+    ("ours", "float"): ("our float", "#9ecae1"),
+    ("ours", "int8"): ("our INT8", "#2166ac"),
+}
+
+
+def stock_picture() -> "Figure":
+    """Bars of the median latency at 224 px: a row for each model, a column for each CPU; above INT8 how much faster than stock float."""
+    from matplotlib.figure import Figure
+
+    runs = {(run[0]["model"], run[0]["cpu"]): run for run in stock_runs() if run[0]["img_size"] == [224, 224]}
+    cpus = sorted({cpu for _, cpu in runs})
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    grid = figure.subplots(len(PICTURED), len(cpus), squeeze=False, sharey="row")
+    for axes, (model, cpu) in zip(grid.flat, ((model, cpu) for model in PICTURED for cpu in cpus), strict=True):
+        entries = {(entry["runtime"], entry["form"], entry["precision"]): entry for entry in runs[model, cpu]}
+        for place, (key, (label, color)) in enumerate(BARS.items()):
+            bars = [entries[runtime, *key] for runtime in RUNTIMES]
+            at = [group + 0.2 * (place - 1.5) for group in range(len(bars))]
+            axes.bar(at, [bar["p50_ms"] for bar in bars], width=0.19, color=color, label=label)
+            for x, bar in zip(at, bars, strict=True):
+                if key[1] == "int8":
+                    axes.text(x, bar["p50_ms"], f"{bar['speedup_vs_stock_float']:.1f}x", ha="center", va="bottom", fontsize=8)
+        axes.set_title(f"{model}, {cpu.replace('(R)', '').removesuffix(' Processor')}", fontsize=10, loc="left")
+        axes.set_xticks(range(len(RUNTIMES)), list(RUNTIMES.values()))
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("ms, median")
+    grid[0, 0].legend(ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def save_picture(figure: "Figure", file: Path) -> None:
+    """Writes an SVG, the same to the byte for the same results."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
@@ -169,3 +222,4 @@ if __name__ == "__main__":
     ):
         text = replaced(text, begin, section(), end)
     readme.write_text(text)
+    save_picture(stock_picture(), ROOT / "results" / "vs_stock.svg")
