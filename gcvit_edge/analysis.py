@@ -56,8 +56,8 @@ def plan_analysis(
     backends: Sequence[str] | None,
     threads: int | None,
 ) -> Job:
-    """Checks a request; the arguments are those of `quantize`. Recipe, backends, labels and preprocessing that are not given are the
-    bundle's. scratch: an empty folder.
+    """Checks a request; the arguments are those of `quantize`. A bundle brings its recipe, and backends, labels and preprocessing
+    that are not given. scratch: an empty folder.
 
     Raises:
         UserError: bad input; the bundle is of another network than the weights, or has no recipe.
@@ -69,9 +69,12 @@ def plan_analysis(
             bundle.artifact(backend)
         backends = backends or [artifact.backend for artifact in bundle.artifacts if artifact.precision != "float"]
         labels, preprocessing = labels or bundle.info.labels, preprocessing or bundle.info.preprocessing
-        if recipe is None:
-            recipe = str(scratch / "recipe.yaml")
-            Path(recipe).write_text(bundle.manifest.recipe.text, encoding="utf-8")
+        if recipe is not None:
+            raise UserError(
+                f"a bundle is analyzed by the recipe that made it ({bundle.manifest.recipe.name}); leave out --recipe, or the bundle"
+            )
+        recipe = str(scratch / "recipe.yaml")
+        Path(recipe).write_text(bundle.manifest.recipe.text, encoding="utf-8")
     recipe = recipe or "int8_ptq"
     if parse_recipe(recipe_text(recipe), recipe).qat is not None:
         raise UserError(
@@ -80,7 +83,7 @@ def plan_analysis(
         )
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib,
-        eval=eval, backends=backends, threads=threads, output=scratch / "no bundle is made",
+        eval=eval, backends=backends, threads=threads, output=scratch / "no bundle is made", searching=False,
     )  # fmt: skip
     if bundle is not None and job.info.config != bundle.info.config:
         raise UserError(

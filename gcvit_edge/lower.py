@@ -35,18 +35,22 @@ def simulate(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module"
     from gcvit_edge.quantization.keep import kept_layers
     from gcvit_edge.quantization.scheme import quantize
 
-    backend = load_backend(name)
-    operators, arithmetic = rounding(recipe, backend)
+    operators, arithmetic = rounding(recipe, load_backend(name))
     keep = kept_layers(calibrated.network, recipe.keep_float)
-    return quantize(written(name, calibrated, recipe), operators, arithmetic, calibrated.ranges, recipe.precision, keep)
+    network = _written(name, calibrated.to_round(keep), recipe)
+    return quantize(network, operators, arithmetic, calibrated.ranges, recipe.precision, keep)
 
 
 def written(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
-    """The same before anything is rounded."""
+    """The same in float."""
+    return _written(name, calibrated.network, recipe)
+
+
+def _written(name: str, network: "nn.Module", recipe: Recipe) -> "nn.Module":
     from gcvit_edge.model.deploy import rewrite
 
     backend = load_backend(name)
-    return rewrite(calibrated.network, backend.form(integer_operators(recipe, backend)))
+    return rewrite(network, backend.form(integer_operators(recipe, backend)))
 
 
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcvit_edge.artifact import Artifact
+from gcvit_edge.artifact import INTEGER_ACTIVATIONS, Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.beside import FloatArtifacts
 from gcvit_edge.bundle import Bundle, open_bundle
@@ -231,12 +231,13 @@ def _entry(
 ) -> dict[str, Any]:
     accuracy = compare(logits, reference, classes)
     limits = job.recipe.limits
+    computed = integer_operators(job.recipe, load_backend(each.int8.backend)) if each.int8.precision in INTEGER_ACTIVATIONS else ()
     return {
         "backend": each.int8.backend,
         "precision": each.int8.precision,
         "file": each.int8.path.relative_to(stage).as_posix(),
         "search": each.search,
-        "integer_operators": sorted(integer_operators(job.recipe, load_backend(each.int8.backend))),
+        "integer_operators": sorted(computed),
         "size_bytes": each.int8.size_bytes,
         "float_size_bytes": each.float.size_bytes,
         **{key: _rounded(value) for key, value in asdict(accuracy).items() if key != "worst_class"},

@@ -73,8 +73,9 @@ def plan(
     keep_float: bool = False,
     zip: bool = False,
     max_drop: float | None = None,
+    searching: bool = True,
 ) -> Job:
-    """Checks a request to quantize; the arguments are those of `quantize`.
+    """Checks a request to quantize; the arguments are those of `quantize`. searching: hold images out if the recipe has a search.
 
     Raises:
         UserError: anything that is wrong with the input, before any long step.
@@ -96,9 +97,19 @@ def plan(
     if sample and parsed.search:  # which wants more images than calibration does
         calib = calib or resource_dir("calib") / "train.zip"
     calib, eval = _image_folders(sample, calib, eval)
+    if calib.resolve() == eval.resolve():
+        raise UserError(
+            f"--calib and --eval are both {calib}; accuracy on images that were quantized by says too little, so give other images to one "
+            "of them"
+        )
     train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
+    if network.config.in_chans != 3:
+        raise UserError(
+            f"the model takes {network.config.in_chans} channels, and images are read as RGB; quantize calibrates and measures on images, "
+            "so it is for models of 3 channels"
+        )
     if eval_images is not None:
         if eval_images < 1:
             raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {eval}")
@@ -113,7 +124,7 @@ def plan(
     check_output(target, force)
     selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
     rest = calibration.without(selected)
-    held_out = _held_out(parsed, rest, info.labels) if parsed.search else None
+    held_out = _held_out(parsed, rest, info.labels) if parsed.search and searching else None
     ranking = (rest if rest.files else selected).select((parsed.search or Search()).ranked_by, parsed.calibration.seed)  # type: ignore[call-arg]
     if parsed.keep_float:
         _check_keep_float(network, parsed.keep_float)
@@ -238,6 +249,10 @@ def _resolve_model(
         variant_config(model)  # an unknown name is reported before anything else
     folders = sorted(set(evaluation.classes))
     if model is not None and not isinstance(model, str):
+        if weights is not None or num_classes is not None:
+            raise UserError("weights and num_classes are for models by name; the network that was given has its own, so leave them out")
+        if model.head is None:
+            raise UserError("the network has no classifier head; quantization needs one, so create it with num_classes > 0")
         by_folder = Labels.of(folders) if len(folders) == model.config.num_classes else None
         return model, describe_model(model, labels or by_folder, preprocessing)
     if weights is None:

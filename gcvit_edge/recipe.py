@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gcvit_edge.artifact import Precision
+from gcvit_edge.artifact import INTEGER_ACTIVATIONS, Precision
 from gcvit_edge.errors import unknown_name
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import Section, parse_yaml, read_text
@@ -58,12 +58,30 @@ class Recipe(Section):
     limits: Limits = Limits()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.rounding == "adaptive" and (self.precision not in ("w4a8", "int4") or "linear" not in self.operators):
+            raise ValueError(f"`rounding: adaptive` is for linears in 4 bits (w4a8, int4), not for {self._contents()}; leave it out")
+        if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
+            raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
+        activations = sorted({"attention", "residual"} & set(self.operators))
+        if activations and self.precision not in INTEGER_ACTIVATIONS:
+            raise ValueError(
+                f"`operators`: {', '.join(activations)} rounds activations, which {self.precision} leaves in float; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trainable(self) -> Self:
         if self.qat is not None and self.precision != "int8":
             raise ValueError(f"`qat` trains INT8, and the precision is {self.precision}; leave out the one or change the other")
         if self.qat is not None and (self.keep_float or self.search is not None):
             raise ValueError("`qat` trains every layer in INT8; leave out `keep_float` and `search`, or `qat`")
+        if self.qat is not None and self.bias_correction:
+            raise ValueError("`qat` trains biases too; leave out `bias_correction`, or `qat`")
         return self
+
+    def _contents(self) -> str:
+        return f"{', '.join(self.operators)} in {self.precision}"
 
 
 def recipe_names() -> list[str]:

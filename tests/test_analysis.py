@@ -13,12 +13,18 @@ import torch
 from PIL import Image
 from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined
 
-from gcvit_edge.analysis import drift, pareto
+from gcvit_edge.analysis import drift, pareto, plan_analysis
 from gcvit_edge.cli import main
 from gcvit_edge.data import Labels
+from gcvit_edge.lower import written
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import describe_model
-from gcvit_edge.search import Layer
+from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.quantization.sensitivity import logits
+from gcvit_edge.recipe import parse_recipe
+from gcvit_edge.search import Layer, rank
 
 PLAIN = "name: plain\ndescription: x\ncalibration: {images: 24}\nsearch: {ranked_by: 4}\nlimits: {max_drop: 100, min_agreement: 0}\n"
 
@@ -136,6 +142,8 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
     kept = json.loads((tmp_path / "auto" / "report.json").read_text())["artifacts"][0]["search"]["kept_float"]
     monkeypatch.setattr("gcvit_edge.analysis.lower_quantized", lambda *_: pytest.fail("the bundle has the artifact"))
     capfd.readouterr()
+    assert main(["analyze", str(tmp_path / "auto"), *given, "--json"]) == 2
+    assert "a bundle is analyzed by the recipe that made it (auto); leave out --recipe" in capfd.readouterr().err
     assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 0
     entry = json.loads(capfd.readouterr().out)["backends"][0]
     assert entry["kept_float"] == kept
@@ -150,6 +158,26 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
     given[given.index("--weights") + 1] = str(tmp_path / "other.safetensors")
     assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 4
     assert "onnx.int8 of the bundle is not of these weights and calibration images" in capfd.readouterr().err
+
+
+def test_a_recipe_that_searches_needs_no_more_images_here(ruined: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "strict.yaml").write_text(PLAIN.replace("max_drop: 100", "max_drop: 0"))
+    job = plan_analysis(
+        None, str(tmp_path / "strict.yaml"), tmp_path, model=None, weights=str(ruined.weights), num_classes=None, labels=None,
+        preprocessing=None, calib=ruined.calib, eval=ruined.evaluation, backends=None, threads=1,
+    )  # fmt: skip
+    assert job.held_out is None
+
+
+def test_what_is_fitted_to_rounding_is_not_taken_for_float(ruined: Tiny, cache: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe("name: x\ndescription: x\nprecision: int4\nrounding: adaptive\nbackends: [onnx]\n", "x.yaml")
+    image = np.random.default_rng(0).standard_normal((1, 3, 64, 64), np.float32)
+    nearest = recipe.model_copy(update={"rounding": "nearest"})
+    plain, fitted = (calibrate(ruined.model, each, lambda: iter([image] * 4)) for each in (nearest, recipe))
+    assert sqnr_db(logits(written("onnx", fitted, recipe), [image]), logits(written("onnx", plain, recipe), [image])) > 100
+    alone = {layer.name: layer.alone_db for layer in rank("onnx", fitted, recipe, [image], Steps())}
+    assert fitted.fitted
+    assert all(alone[name.removesuffix(".weight")] < 200 for name in fitted.fitted)  # it is 999 for what is rounded already
 
 
 def test_what_cannot_be_is_refused(

@@ -75,6 +75,15 @@ def test_recipes_do_not_change() -> None:
         ({"limits": {"min_agreement": 98.5}}, r"limits\.min_agreement: got 98\.5; .*less than or equal to 1"),
         ({"limits": {"max_drop": "little"}}, r"limits\.max_drop: got 'little'"),
         ({"name": "My Recipe"}, "name: got 'My Recipe'"),
+        (
+            {"rounding": "adaptive"},
+            r"adaptive` is for linears in 4 bits \(w4a8, int4\), not for linear, conv in int8; leave it out",
+        ),
+        ({"rounding": "adaptive", "precision": "int4", "operators": ["conv"]}, "not for conv in int4"),
+        ({"bias_correction": True, "precision": "fp16"}, "`bias_correction` is for linears in integers, not for linear, conv in fp16"),
+        ({"bias_correction": True, "operators": ["conv"]}, "not for conv in int8"),
+        ({"bias_correction": True, "qat": {}}, "`qat` trains biases too; leave out `bias_correction`, or `qat`"),
+        ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],
 )
 def test_mistakes_are_explained(changes: dict[str, object], message: str) -> None:

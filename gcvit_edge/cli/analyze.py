@@ -25,7 +25,7 @@ must be given again. Layers are measured on 16 images; an interrupted analysis g
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="bundle folder or .zip (default: artifacts are made)")
-    parser.add_argument("--recipe", metavar="NAME", help="name, of `recipes list`, or .yaml file (default: the bundle's, else int8_ptq)")
+    parser.add_argument("--recipe", metavar="NAME", help="name, of `recipes list`, or .yaml file (default: int8_ptq; a bundle has its own)")
     add_model_options(parser)
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="calibrates, and what does not calibrate measures sensitivity")

@@ -1,7 +1,12 @@
 """Image files in class folders, or in a zip archive of them."""
 
+import os
 import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -26,40 +31,77 @@ class ImageFolder:
     classes: tuple[str, ...]
 
     def select(self, count: int, seed: int) -> "ImageFolder":
-        """`count` images, spread evenly over the classes and chosen by `seed`, in a fixed order."""
+        """`count` images, spread evenly over the classes; so are the first n of them, for any n.
+
+        `seed` chooses the images, and which classes come first: with more classes than images not every class has one.
+        """
         generator = np.random.default_rng(seed)
-        queues = {name: [i for i, c in enumerate(self.classes) if c == name] for name in sorted(set(self.classes))}
-        for queue in queues.values():
-            generator.shuffle(queue)
-        ranked = sorted((rank, name, i) for name, queue in queues.items() for rank, i in enumerate(queue))
-        chosen = sorted(i for _, _, i in ranked[:count])
-        return ImageFolder(self.root, tuple(self.files[i] for i in chosen), tuple(self.classes[i] for i in chosen))
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, name in enumerate(self.classes):
+            members[name].append(index)
+        queues = [generator.permutation(members[name]).tolist() for name in sorted(members)]
+        generator.shuffle(queues)
+        ranked = (index for rank in zip_longest(*queues) for index in rank if index is not None)
+        return self._take(islice(ranked, count))
 
     def without(self, others: "ImageFolder") -> "ImageFolder":
         """Those of its images that are not among `others`, of the same root."""
-        kept = [i for i, file in enumerate(self.files) if file not in set(others.files)]
+        dropped = set(others.files)
+        return self._take(index for index, file in enumerate(self.files) if file not in dropped)
+
+    def _take(self, indices: Iterable[int]) -> "ImageFolder":
+        kept = list(indices)
         return ImageFolder(self.root, tuple(self.files[i] for i in kept), tuple(self.classes[i] for i in kept))
 
 
 def find_images(root: Path, purpose: str) -> ImageFolder:
-    """Lists the images of a folder or a .zip; `purpose` is what error messages call them.
+    """Lists the images of a folder, behind symbolic links too, or of a .zip; `purpose` is what error messages call them.
 
     Raises:
-        UserError: `root` does not exist, is neither a folder nor a zip archive, or holds no image.
+        UserError: `root` does not exist, is neither a folder nor a zip archive that Python reads, or holds no image.
     """
     if not root.exists():
         raise UserError(f"{purpose} folder {root} does not exist; give a folder (or .zip) with one sub-folder of images a class")
     if root.is_dir():
-        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        names = sorted(filter(_is_image, _names_below(root)))
     elif zipfile.is_zipfile(root):
-        with zipfile.ZipFile(root) as archive:
-            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
+        names = sorted(filter(_is_image, _names_in(root, purpose)))
     else:
         raise UserError(f"{purpose} images: {root} is neither a folder nor a zip archive")
-    names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not names:
         raise UserError(f"{purpose} folder {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return ImageFolder(root, tuple(names), tuple(Path(name).parts[0] if "/" in name else "" for name in names))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.endswith("/") and not any(map(_left_behind, Path(name).parts))
+
+
+def _left_behind(name: str) -> bool:
+    """By programs, beside the user's own files: Jupyter's checkpoints, what macOS adds to a zip."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _names_below(root: Path) -> Iterator[str]:
+    for path, folders, files in os.walk(root, followlinks=True):
+        folder = Path(path)
+        above = {os.path.realpath(each) for each in (folder, *folder.parents)}  # a link to one of them would be followed for ever
+        folders[:] = [name for name in folders if not _left_behind(name) and os.path.realpath(folder / name) not in above]
+        yield from ((folder / name).relative_to(root).as_posix() for name in files)
+
+
+def _names_in(archive: Path, purpose: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = opened.namelist()
+            for first in islice(filter(_is_image, names), 1):
+                with suppress(zipfile.BadZipFile):  # one damaged image is no reason to refuse the others
+                    opened.open(first).close()
+    except (RuntimeError, zipfile.BadZipFile) as error:  # encrypted, or (NotImplementedError) compressed in another way; damaged
+        raise UserError(
+            f"{purpose} images: {archive} cannot be read ({error}); unpack it and give the folder, or make a plain .zip of it"
+        ) from error
+    return names
 
 
 def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:

@@ -80,11 +80,9 @@ def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) ->
 
 
 def variant_of(config: GCViTConfig) -> str | None:
-    """Name of the official variant with this structure, whatever its input size, classes and channels."""
-    for name, known in VARIANTS.items():
-        if _structure(known) == _structure(config):
-            return name
-    return None
+    """Name of the official variant with this structure, whatever its classes and channels: the one of this input size, else the first."""
+    alike = {name: known.img_size for name, known in VARIANTS.items() if _structure(known) == _structure(config)}
+    return next((name for name, size in alike.items() if size == config.img_size), next(iter(alike), None))
 
 
 def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:

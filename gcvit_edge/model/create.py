@@ -85,40 +85,38 @@ def load_model(
         UserError: as `create_model`; or labels that do not match the number of classes; or no head.
     """
     checkpoint = read_checkpoint(weights)
-    found = variant_of(checkpoint.config)
     config = checkpoint.config if name is None else variant_config(name)
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
     model = _build(config, checkpoint, weights, keep_classes=num_classes is not None)
-    classes = model.config.num_classes
-    if not classes:
+    if not model.config.num_classes:
         raise UserError(f"checkpoint {weights} has no classifier head; quantization needs one")
-    labels = labels or checkpoint.labels or Labels.of(str(index) for index in range(classes))
-    if len(labels.names) != classes:
-        raise UserError(
-            f"{len(labels.names)} labels were given for {classes} classes of {weights}; give one label a class, in the order of the logits"
-        )
-    variant = found or "gcvit_custom"
-    if preprocessing is None:
-        preprocessing = checkpoint.preprocessing or _default_preprocessing(model.config, variant, checkpoint.origin)
-    if preprocessing.size != model.config.img_size:
-        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {model.config.img_size}; make the two agree")
-    info = ModelInfo(name=variant, config=config_dict(model.config), labels=labels, preprocessing=preprocessing, origin=checkpoint.origin)
-    return model, info
+    return model, _describe(model.config, labels or checkpoint.labels, preprocessing or checkpoint.preprocessing, checkpoint.origin)
 
 
 def describe_model(model: GCViT, labels: Labels | None = None, preprocessing: Preprocessing | None = None) -> ModelInfo:
-    """The ModelInfo of a network that was made in memory."""
-    config = model.config
+    """The ModelInfo of a network that was made in memory.
+
+    Raises:
+        UserError: labels that do not match the number of classes, or preprocessing for another input size.
+    """
+    return _describe(model.config, labels, preprocessing, Origin(source="made in memory", layout="none", licence=UNKNOWN_LICENCE))
+
+
+def _describe(config: GCViTConfig, labels: Labels | None, preprocessing: Preprocessing | None, origin: Origin) -> ModelInfo:
+    """What is not given is the default; labels are then the class numbers."""
+    classes = config.num_classes
+    labels = labels or Labels.of(str(index) for index in range(classes))
+    if len(labels.names) != classes:
+        raise UserError(
+            f"{len(labels.names)} labels were given for {classes} classes of {origin.source}; give one label a class, in the order of "
+            "the logits"
+        )
     name = variant_of(config) or "gcvit_custom"
-    origin = Origin(source="made in memory", layout="none", licence=UNKNOWN_LICENCE)
-    return ModelInfo(
-        name=name,
-        config=config_dict(config),
-        labels=labels or Labels.of(str(index) for index in range(config.num_classes)),
-        preprocessing=preprocessing or _default_preprocessing(config, name, origin),
-        origin=origin,
-    )
+    preprocessing = preprocessing or _default_preprocessing(config, name, origin)
+    if preprocessing.size != config.img_size:
+        raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {config.img_size}; make the two agree")
+    return ModelInfo(name=name, config=config_dict(config), labels=labels, preprocessing=preprocessing, origin=origin)
 
 
 def _default_preprocessing(config: GCViTConfig, name: str, origin: Origin) -> Preprocessing:

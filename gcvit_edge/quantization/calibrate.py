@@ -1,10 +1,12 @@
 """What is found out about a network from calibration images, once for all backends: weights to quantize, and ranges."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.quantization.centering import centre
@@ -22,10 +24,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A deploy form as `Form()` writes it, whose weights are to be rounded as they are, and the ranges of its activations."""
+    """What all backends are made from.
+
+    network: the float deploy form, as `Form()` writes it, its channels made fit for INT8; its answers are the model's. ranges: of its
+    activations. fitted: parameters that are better rounded than the network's own of these names, which are for layers that stay float.
+    """
 
     network: nn.Module
     ranges: Ranges
+    fitted: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to_round(self, keep: Collection[str] = ()) -> nn.Module:
+        """The network with what was fitted in all layers but those of `keep`."""
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            for name, value in self.fitted.items():
+                if name.rpartition(".")[0] not in keep:
+                    network.get_parameter(name).copy_(value)
+        return network
 
 
 def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence[Rounding] | None = None) -> Calibrated:
@@ -42,12 +58,14 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence
     def small(name: str, channels: int) -> bool:
         return in_four_bits(name, channels, recipe.precision)
 
+    rounded = copy.deepcopy(network)
     if recipe.rounding == "adaptive":
-        reconstruct(network, images, lambda name: small(name, network.get_submodule(name).in_features))  # type: ignore[arg-type]
+        reconstruct(rounded, images, lambda name: small(name, rounded.get_submodule(name).in_features))  # type: ignore[arg-type]
     if recipe.bias_correction:
-        correct_biases(network, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
+        correct_biases(rounded, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
+    fitted = {name: value for name, value in rounded.named_parameters() if not torch.equal(value, network.get_parameter(name))}
     places = None if runtimes is None else places_with_ranges(network, runtimes, recipe.precision)
-    ranges = observe(network, images, recipe.calibration.ranges, places)
+    ranges = observe(rounded, images, recipe.calibration.ranges, places)
     if recipe.calibration.unit_softmax:
         ranges |= dict.fromkeys((place for place in ranges if place.endswith("attention.softmax")), (0.0, 1.0))
-    return Calibrated(network, ranges)
+    return Calibrated(network, ranges, fitted)

@@ -5,7 +5,7 @@
   the closed form of AdaRound's layer reconstruction, arXiv:2004.10568, one weight at a time).
 - `correct_biases`: the mean error that rounding leaves in a layer's outputs goes into its bias (arXiv:1906.04721, section 4.2).
 
-Both change float weights only: rounded weights lie on the grid that `GroupedWeight` finds again, so that every backend rounds to the
+Both change float parameters only: rounded weights lie on the grid that `GroupedWeight` finds again, so that every backend rounds to the
 same integers.
 """
 

@@ -38,8 +38,9 @@ _ANSWERS = ("scores", "attended")  # of products of attention: float where kerne
 
 
 def in_four_bits(name: str, channels: int, precision: Precision) -> bool:
-    """Whether a linear of this name with so many input channels has INT4 weights."""
-    return precision in ("w4a8", "int4") and not name.endswith(_DELICATE) and channels % GroupedWeight.GROUP == 0
+    """Whether a linear of this name with so many input channels has INT4 weights. Not 1x1 convolutions, which are linears in some
+    forms only: convolutions are INT8 in every runtime."""
+    return precision in ("w4a8", "int4") and not name.endswith((*_DELICATE, "pointwise")) and channels % GroupedWeight.GROUP == 0
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def quantize(
             return IntegerConstant(module.value) if half is None else HalfWeight(module.value, half)
         if isinstance(module, nn.Linear) and "linear" in operators:
             return linear(name, module)
-        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(module):
+        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(name, module):
             return conv(name, module)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
             answered = name.endswith(_ANSWERS) and not arithmetic.linear_output
@@ -121,8 +122,7 @@ def places_with_ranges(deployed: nn.Module, runtimes: Sequence[Rounding], precis
     return frozenset(asked)
 
 
-def _is_worth_it(conv: nn.Conv2d) -> bool:
+def _is_worth_it(name: str, conv: nn.Conv2d) -> bool:
     """Not the convolution of the image: 1 % of the work, it would alone be half of the noise. Nor depthwise ones, for which rounding
     costs what integers gain, in every runtime (benchmarks/NOTES.md)."""
-    reads_image = conv.in_channels <= 4
-    return not reads_image and conv.groups == 1
+    return name != "conv1" and conv.groups == 1

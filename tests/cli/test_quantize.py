@@ -15,6 +15,11 @@ import pytest
 from commands import GOLDEN, Command, own, without
 from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny
 
+from gcvit_edge import create_model
+from gcvit_edge.data import Labels, Preprocessing
+from gcvit_edge.errors import UserError
+from gcvit_edge.plan import plan
+
 
 def test_dry_run_on_the_embedded_sample(command: Command, tmp_path: Path) -> None:
     outcome = command("quantize", "--dry-run", "--json")
@@ -106,6 +111,29 @@ def test_quantize_refuses_images(command: Command, tiny: Tiny, tmp_path: Path) -
     assert "few has 12 calibration images; give at least 16, better the 24 that the recipe wants" in message
 
 
+def test_quantize_refuses_to_evaluate_on_what_calibrates(command: Command, tiny: Tiny) -> None:
+    message = command.refuses("quantize", *without(own(tiny), "--eval"), "--eval", tiny.calib)
+    assert f"--calib and --eval are both {tiny.calib}; accuracy on images that were quantized by says too little" in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ({"in_chans": 1}, {}, "the model takes 1 channels, and images are read as RGB"),
+        ({"num_classes": 0}, {}, "the network has no classifier head"),
+        ({}, {"num_classes": 4}, "weights and num_classes are for models by name"),
+        ({}, {"weights": "none.pth"}, "weights and num_classes are for models by name"),
+        ({}, {"labels": Labels.of("abc")}, "3 labels were given for 4 classes of made in memory"),
+        ({}, {"preprocessing": Preprocessing()}, r"the preprocessing makes \(224, 224\) images, the model takes \(64, 64\)"),
+    ],
+)
+def test_networks_in_memory_are_checked(shape: dict[str, Any], arguments: dict[str, Any], message: str, tiny: Tiny) -> None:
+    small = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 4, "img_size": 64}
+    model = create_model(**small | shape)
+    with pytest.raises(UserError, match=message):
+        plan(str(tiny.recipe), model, calib=tiny.calib, eval=tiny.evaluation, **arguments)
+
+
 def test_quantize_refuses_folders_that_are_no_classes(command: Command, tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.evaluation, tmp_path / "val")
     (tmp_path / "val" / "yellow").rename(tmp_path / "val" / "yelow")
@@ -179,7 +207,8 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(command: Command, tiny: Tiny, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_is_exit_130_and_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_exit_130_and_leaves_nothing(ending: signal.Signals, tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "gcvit_edge", "quantize", *map(str, own(tiny)), "-o", "out"],
@@ -189,7 +218,7 @@ def test_sigterm_is_exit_130_and_leaves_nothing(tiny: Tiny, tmp_path: Path) -> N
     seen = process.stderr.readline()  # the first finished step: the bundle is under way
     time.sleep(0.5)
     assert list(tmp_path.glob(".out.partial-*")), seen
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(ending)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == ""

@@ -49,6 +49,59 @@ def test_missing_empty_and_neither(tmp_path: Path) -> None:
         find_images(tmp_path / "no_images.zip", "evaluation")
 
 
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    save_all(tmp_path, {"elsewhere/1.png": noise(4, 4), "images/b/2.png": noise(4, 4)})
+    root = tmp_path / "images"
+    for name in ("a", "c"):
+        (root / name).symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "3.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    assert find_images(root, "calibration").files == ("a/1.png", "b/2.png", "b/3.png", "c/1.png")
+    (tmp_path / "all").symlink_to(root)
+    assert find_images(tmp_path / "all", "calibration").files == ("a/1.png", "b/2.png", "b/3.png", "c/1.png")
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_all(tmp_path, {"images/a/1.png": noise(4, 4), "images/b/2.png": noise(4, 4)})
+    for name, target in {"a/self": "a", "a/up": ".", "a/outside": "..", "a/other": "b", "b/other": "a"}.items():
+        (tmp_path / "images" / name).symlink_to((tmp_path / "images" / target).resolve())
+    files = ("a/1.png", "a/other/2.png", "b/2.png", "b/other/1.png")
+    assert find_images(tmp_path / "images", "calibration").files == files
+    monkeypatch.chdir(tmp_path / "images")
+    assert find_images(Path("."), "calibration").files == files
+
+
+def test_what_programs_leave_beside_images_is_none(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "images"
+    names = ("a/1.png", "a/.ipynb_checkpoints/1-checkpoint.png", "a/._1.png", ".Trash/2.png", "__MACOSX/a/1.png")
+    save_all(root, {name: noise(4, 4) for name in names})
+    (root / "a" / "no.png").mkdir()
+    archive = zipped(root, tmp_path / "images.zip")
+    assert find_images(root, "calibration").files == find_images(archive, "calibration").files == ("a/1.png",)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [("flag", 1, "is encrypted, password required"), ("method", 9, "compression method is not supported")],  # 9: Deflate64
+)
+def test_a_zip_that_python_cannot_read(where: str, value: int, message: str, tmp_path: Path) -> None:
+    save_all(tmp_path, {"images/a/1.png": noise(4, 4)})
+    file = zipped(tmp_path / "images", tmp_path / "images.zip")
+    data = bytearray(file.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        data[data.rindex(signature) + offset + {"flag": 0, "method": 2}[where]] = value
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"calibration images: .*images\.zip cannot be read \(.*{message}.*\); unpack it and give the"):
+        find_images(file, "calibration")
+
+
+def test_a_zip_with_a_damaged_directory(tmp_path: Path) -> None:
+    save_all(tmp_path, {"images/a/1.png": noise(4, 4)})
+    file = zipped(tmp_path / "images", tmp_path / "images.zip")
+    file.write_bytes(file.read_bytes().replace(b"PK\1\2", b"PK\0\0"))
+    with pytest.raises(UserError, match=r"images\.zip cannot be read"):
+        find_images(file, "calibration")
+
+
 # classes
 
 
@@ -99,15 +152,23 @@ def test_select_is_balanced_within_one(sizes: list[int], count: int, seed: int) 
     assert len(chosen.files) == min(count, sum(sizes))
     assert len(set(chosen.files)) == len(chosen.files)
     assert [f.split("/")[0] for f in chosen.files] == list(chosen.classes)
+    assert images.select(count - 1, seed).files == chosen.files[: count - 1]
     taken = [chosen.classes.count(f"class{c}") for c in range(len(sizes))]
     most = max(taken)
     assert all(got == size or got >= most - 1 for got, size in zip(taken, sizes, strict=True))  # a class may run out
 
 
-def test_select_is_seeded_and_keeps_the_order() -> None:
+def test_select_is_seeded() -> None:
     images = image_folder(*(name for name in "abcd" for _ in range(50)))
     first = images.select(20, 3)
     assert first == images.select(20, 3)
     assert first.files != images.select(20, 4).files
-    assert [images.files.index(f) for f in first.files] == sorted(images.files.index(f) for f in first.files)
     assert {first.classes.count(name) for name in "abcd"} == {5}
+
+
+def test_fewer_images_than_classes_are_of_any_classes() -> None:
+    images = image_folder(*(f"{index:03}" for index in range(200) for _ in range(3)))
+    first, second = (images.select(50, seed) for seed in (0, 1))
+    assert len(set(first.classes)) == len(set(second.classes)) == 50
+    assert set(first.classes) != set(second.classes)
+    assert max(first.classes) > "150"

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -15,6 +16,7 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.model.checkpoint import infer_config, read_checkpoint, save_checkpoint, variant_of
 from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin
+from gcvit_edge.model.variants import VARIANTS
 
 SHAPE = {"dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "img_size": 64}
 GOLDEN_SHAPE = {"dim": 16, "depths": (2, 2, 3, 2), "num_heads": (1, 2, 4, 8)}
@@ -61,6 +63,17 @@ def test_shape_is_read_off_the_tensors(golden, name, mlp_ratio, layer_scale, se_
     assert (config.img_size, config.window_size, config.in_chans, config.num_classes) == ((224, 224), None, 3, 10)
     assert all(value.dtype == torch.float32 for value in checkpoint.state.values())
     assert variant_of(config) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "found"),
+    [
+        ("gcvit_large", 224, "gcvit_large"), ("gcvit_large", 256, "gcvit_large"), ("gcvit_large", 384, "gcvit_large_384_21k"),
+        ("gcvit_large_384_21k", 512, "gcvit_large_512_21k"), ("gcvit_xxtiny", 384, "gcvit_xxtiny"),
+    ],
+)  # fmt: skip
+def test_variants_of_one_structure_are_told_apart_by_their_input(name, size, found):
+    assert variant_of(replace(VARIANTS[name], img_size=(size, size), num_classes=7)) == found
 
 
 def test_every_nvlabs_tensor_is_used(golden):

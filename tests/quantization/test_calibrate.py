@@ -21,7 +21,8 @@ def calibrated(model: GCViT, **keys: Any) -> Calibrated:
 
 def changed(model: GCViT, **keys: Any) -> set[str]:
     """Kinds of tensors of the deploy form that a recipe with these keys changes."""
-    before, after = deploy(model).state_dict(), calibrated(model, **keys).network.state_dict()
+    result = calibrated(model, **keys)
+    before, after = deploy(model).state_dict(), {**result.network.state_dict(), **result.fitted}
     return {".".join(name.split(".")[-2:]) for name, value in after.items() if not torch.equal(value, before[name])}
 
 
@@ -53,3 +54,14 @@ def test_a_fixed_range_of_the_softmax(tiny_model: GCViT) -> None:
     assert {place: ends for place, ends in fixed.items() if place not in places} == {
         place: ends for place, ends in seen.items() if place not in places
     }
+
+
+def test_what_is_fitted_to_rounding_is_for_the_layers_that_are_rounded(tiny_model: GCViT) -> None:
+    plain = calibrated(tiny_model).network.state_dict()
+    fitted = calibrated(tiny_model, bias_correction=True)
+    for name, value in fitted.network.state_dict().items():
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=0)
+    some, everything = fitted.to_round(["head"]).state_dict(), fitted.to_round().state_dict()
+    different = {name for name, value in some.items() if not torch.equal(value, everything[name])}
+    assert different == {"head.bias"}
+    torch.testing.assert_close(some["head.bias"], plain["head.bias"], rtol=0, atol=0)

@@ -5,11 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from gcvit_edge.backends import backend_names
 from gcvit_edge.errors import UserError
 from gcvit_edge.lower import simulate, written
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.model.create import create_model
 from gcvit_edge.model.deploy import Point, deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
@@ -19,8 +22,8 @@ from gcvit_edge.recipe import Recipe, parse_recipe
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
 
 
-def recipe(*keep: str, operators: str = "[linear, conv]") -> Recipe:
-    return parse_recipe(f"name: mine\ndescription: x\noperators: {operators}\nkeep_float: {list(keep)}\n", "mine.yaml")
+def recipe(*keep: str, operators: str = "[linear, conv]", more: str = "") -> Recipe:
+    return parse_recipe(f"name: mine\ndescription: x\noperators: {operators}\nkeep_float: {list(keep)}\n{more}", "mine.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,21 @@ def test_every_backend_keeps_them(calibrated: Calibrated, name: str) -> None:
     assert rounded > 50
     everything = simulate(name, calibrated, recipe("*", operators="[linear, conv, attention, residual]"))
     assert all(type(everything.get_submodule(layer)) is type(before.get_submodule(layer)) for layer in layer_names(before))
+
+
+def test_layers_that_stay_float_keep_weights_that_rounding_would_have_fitted() -> None:
+    """Weights rounded by reconstruction were those of layers in float too."""
+    model = create_model(dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=5, img_size=64)
+    adaptive = "precision: w4a8\nrounding: adaptive\nbackends: [onnx]\n"
+    calibrated = calibrate(model, recipe(more=adaptive), lambda: iter(IMAGES))
+    before, after = (each("onnx", calibrated, recipe("stages.0.*", more=adaptive)) for each in (written, simulate))
+    plain = calibrate(model, recipe(more=adaptive.replace("adaptive", "nearest")), lambda: iter(IMAGES))
+    image = torch.from_numpy(IMAGES[0])
+    with torch.no_grad():
+        torch.testing.assert_close(before(image), written("onnx", plain, recipe())(image), rtol=0, atol=0)
+        everything = simulate("onnx", calibrated, recipe("*", more=adaptive))
+        assert sqnr_db(everything(image).numpy(), before(image).numpy()) > 80
+    kept, fitted = "stages.0.blocks.0.fc1", "stages.1.blocks.0.fc1"
+    assert torch.equal(after.get_submodule(kept).weight, before.get_submodule(kept).weight)
+    assert {f"{kept}.weight", f"{fitted}.weight"} <= set(calibrated.fitted)
+    assert sqnr_db(calibrated.fitted[f"{kept}.weight"].detach().numpy(), before.get_submodule(kept).weight.detach().numpy()) < 30
