@@ -154,6 +154,7 @@ def resolve_threads(threads: int | None) -> int:
 def bundle_path(output: str | Path | None, name: str, zip: bool) -> Path:
     """Where a bundle goes: `output`, or `name` in the current folder; with `zip`, ending in .zip."""
     path = Path(output or name)
+    path = path if path.name else path.resolve()  # "." has no name to put files beside
     return path.with_name(path.name + ".zip") if zip and path.suffix != ".zip" else path
 
 

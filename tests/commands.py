@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from tiny import Tiny
@@ -70,7 +70,9 @@ def without(options: Sequence[object], name: str) -> list[object]:
     return [*options[:at], *options[at + 2 :]]
 
 
-def gcvit(*argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def gcvit(
+    *argv: object, cwd: Path, stdout: int | IO[str] = subprocess.PIPE, stderr: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gcvit_edge", *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "gcvit_edge", *map(str, argv)], cwd=cwd, stdout=stdout, stderr=stderr, text=True, timeout=120, check=False
     )

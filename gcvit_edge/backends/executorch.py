@@ -144,6 +144,7 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
             if not times or event.name in _BRACKETS:
                 continue
             name = event.name.rsplit(" #", 1)[0]
+            name = _NAMES.get(name, name)
             kind = _kind(name)
             integer = kind == "matrix" and any(part in name for part in ("QS8", "QU8", "QD8", "QDU8", "QC8)"))
             operators.append(Operator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
@@ -157,6 +158,7 @@ def _kind(name: str) -> Kind:
     return "other"
 
 
+_NAMES = {"Invalid Unary Op": "Table Lookup (NC, S8)"}  # GELU of integers, which XNNPACK makes a table of and has no name for then
 _BRACKETS = {"DELEGATE_CALL", "Method::execute", "Method::init", "Program::load_method"}  # events around others
 _KINDS: dict[Kind, tuple[str, ...]] = {
     "matrix": ("Fully Connected", "Convolution", "Batch Matrix Multiply", "Deconvolution"),

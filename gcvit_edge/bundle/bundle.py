@@ -4,6 +4,8 @@ import json
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,13 @@ class Bundle:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """The content of report.json."""
-        return json.loads((self.root / "report.json").read_text(encoding="utf-8"))
+        """The content of report.json.
+
+        Raises:
+            CheckFailed: it is missing or damaged.
+        """
+        with _reading("report.json"):
+            return json.loads((self.root / "report.json").read_text(encoding="utf-8"))
 
     @property
     def artifacts(self) -> list[Artifact]:
@@ -90,12 +97,24 @@ class Bundle:
         return predictions
 
     def golden_input(self) -> NDArray[np.float32]:
-        """The network inputs (N, C, H, W) whose logits are golden."""
-        return np.load(self.root / GOLDEN_INPUT)
+        """The network inputs (N, C, H, W) whose logits are golden.
+
+        Raises:
+            CheckFailed: their file is missing or damaged.
+        """
+        return self._tensor(GOLDEN_INPUT)
 
     def golden_logits(self, artifact: Artifact) -> NDArray[np.float32]:
-        """The logits (N, classes) that an artifact of the bundle gave for them when it was made."""
-        return np.load(self.root / golden_output(artifact))
+        """The logits (N, classes) that an artifact of the bundle gave for them when it was made.
+
+        Raises:
+            CheckFailed: their file is missing or damaged.
+        """
+        return self._tensor(golden_output(artifact))
+
+    def _tensor(self, name: str) -> NDArray[np.float32]:
+        with _reading(name), (self.root / name).open("rb") as file:
+            return np.lib.format.read_array(file)
 
     def verify(self) -> dict[str, Parity]:
         """Recomputes every hash, then replays the golden tensors of every artifact in its runtime, in a fresh process.
@@ -139,6 +158,17 @@ class Bundle:
                 "machine computes it wrongly"
             )
         return parity
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Raises CheckFailed where reading this file of the bundle fails."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckFailed(f"{name} is missing from the bundle; get the bundle again") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckFailed(f"{name} of the bundle is damaged; get the bundle again (out of Git: with git lfs pull)") from error
 
 
 def open_bundle(path: str | Path) -> Bundle:

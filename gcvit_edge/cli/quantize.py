@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         return None
     if arguments.dry_run:
         described = describe_plan(job)
-        return Result(described, [f"{key}: {value}" for key, value in described.items()] + ["dry run: nothing was written"])
+        return Result(described, [f"{key}: {_readable(value)}" for key, value in described.items()] + ["dry run: nothing was written"])
     with resumable(job.tuning.state if job.tuning else None):
         bundle = run_job(job, Steps(errors if main else None))
     if bundle is None:
@@ -82,3 +82,10 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     tables = [*training, results_table(report), *search_lines(report), seconds_table(report["seconds"])]
     shown = [*tables, *skipped, f"bundle: {job.output}"]
     return Result(report, shown, error)
+
+
+def _readable(value: object) -> str:
+    """Without the brackets of Python: `resize 256, mode shortest_edge, mean 0.485 0.456 0.406`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(each)}" for key, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,6 +1,7 @@
 """Image files decoded: all of a folder into one array on disk, or one into the network's input."""
 
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +18,11 @@ from gcvit_edge.data.preprocessing import Preprocessing
 from gcvit_edge.errors import UserError
 
 MAX_UNREADABLE = 0.05  # fraction of images that may fail to decode before it is an error
+# of Pillow; of an archive, whose members may be encrypted or compressed in a way that Python does not read (RuntimeError)
+_UNDECODABLE = (
+    OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> 
         try:
             with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
                 return convert(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error):
+        except _UNDECODABLE:
             return None
 
     return decode

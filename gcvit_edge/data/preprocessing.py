@@ -1,12 +1,14 @@
 """From an image file to the network's input: one definition for calibration, evaluation, bundles and apps."""
 
+import json
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from gcvit_edge.errors import UserError
 from gcvit_edge.schema import read_json
@@ -14,6 +16,10 @@ from gcvit_edge.schema import read_json
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_INTERPOLATION = {int(value): name for name, value in RESAMPLING.items()}
+_ALWAYS = ("do_resize", "do_rescale", "do_normalize")
+_KNOWN = ("do_center_crop", "do_convert_rgb")
+_OF_CHANNELS = Field(min_length=3, max_length=3)
 
 
 class Preprocessing(BaseModel):
@@ -25,14 +31,14 @@ class Preprocessing(BaseModel):
     crop lies up to a pixel elsewhere, which moves logits of photographs by some tenths, but no accuracy.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    size: tuple[int, int] = (224, 224)
-    resize: int = 256
+    size: tuple[PositiveInt, PositiveInt] = (224, 224)
+    resize: PositiveInt = 256
     mode: Literal["shortest_edge", "squash"] = "shortest_edge"
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
-    mean: tuple[float, ...] = _IMAGENET_MEAN
-    std: tuple[float, ...] = _IMAGENET_STD
+    mean: Annotated[tuple[float, ...], _OF_CHANNELS] = _IMAGENET_MEAN
+    std: Annotated[tuple[PositiveFloat, ...], _OF_CHANNELS] = _IMAGENET_STD
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resized and cropped pixels, (H, W, 3) uint8."""
@@ -93,17 +99,57 @@ def read_preprocessing(path: Path) -> Preprocessing:
     """
     data = read_json(path, "preprocessor_config.json")
     try:
-        crop = data.get("crop_size") or data["size"]
-        size = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-        resize = data["size"] if isinstance(data["size"], dict) else {"shortest_edge": data["size"]}
-        names = {int(value): name for name, value in RESAMPLING.items()}
-        return Preprocessing(
-            size=size,
-            resize=resize.get("shortest_edge", min(size)),
-            mode="shortest_edge" if "shortest_edge" in resize else "squash",
-            interpolation=names[data.get("resample", 3)],  # type: ignore[arg-type]
-            mean=data["image_mean"],
-            std=data["image_std"],
-        )
+        beyond = _beyond(data)
+        if not beyond:
+            return _from_huggingface(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path} cannot be used: {where}: got {problem['input']!r}; {problem['msg']}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a preprocessor_config.json that can be used: {error!r} is missing or wrong") from error
+    raise UserError(
+        f"{path} asks for {', '.join(beyond)}, which this preprocessing cannot do; it resizes the shorter side and crops the centre, or "
+        "resizes straight to the input, then divides by 255 and normalises; give a file that asks for that"
+    )
+
+
+def _from_huggingface(data: dict[str, Any]) -> Preprocessing:
+    resize, crop = _sizes(data)
+    squash = "shortest_edge" not in resize
+    size = resize if squash else crop
+    return Preprocessing(
+        size=(size["height"], size["width"]),
+        resize=min(size.values()) if squash else resize["shortest_edge"],
+        mode="squash" if squash else "shortest_edge",
+        interpolation=_INTERPOLATION[data.get("resample", 3)],  # type: ignore[arg-type]
+        mean=data["image_mean"],
+        std=data["image_std"],
+    )
+
+
+def _sizes(data: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """`size` and `crop_size` as mappings, the second empty where nothing is cropped; in old files they may be plain numbers."""
+    crops = data.get("do_center_crop", data.get("crop_size") is not None)
+    size, crop = data["size"], data["crop_size"] if crops else {}
+    if not isinstance(size, dict):  # as transformers read it: the shorter side where there is a crop, else a square
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    if not isinstance(crop, dict):
+        crop = {"height": crop, "width": crop}
+    return tuple({key: each[key] for key in each if each[key] is not None} for each in (size, crop))
+
+
+def _beyond(data: dict[str, Any]) -> list[str]:
+    """What a preprocessor_config.json asks for that `Preprocessing` cannot do, in its words."""
+    found = {key: data[key] for key in _ALWAYS if not data.get(key, True)}
+    # padding, channels in another order, ...; crop_pct: how much larger than the crop some processors resize
+    found |= {key: data[key] for key in data if data[key] and key not in (*_ALWAYS, *_KNOWN) and key.startswith(("do_", "crop_pct"))}
+    if not math.isclose(data.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-5):  # float32 rounds it
+        found["rescale_factor"] = data["rescale_factor"]
+    if data.get("resample", 3) not in _INTERPOLATION:
+        found["resample"] = data["resample"]
+    resize, crop = _sizes(data)
+    right = bool(crop) if set(resize) == {"shortest_edge"} else set(resize) == {"height", "width"} and crop in ({}, resize)
+    if not right:
+        found |= {key: data[key] for key in ("size", "do_center_crop", "crop_size") if key in data}
+    return [f"{key} {json.dumps(value)}" for key, value in found.items()]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from gcvit_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,9 +40,9 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
 
     Raises:
         UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch.
+        CheckFailed: the golden input of the bundle is missing or damaged.
     """
     from gcvit_edge.backends import load_backend
-    from gcvit_edge.bundle.manifest import GOLDEN_INPUT
     from gcvit_edge.plan import resolve_threads
 
     artifacts = {artifact.precision: artifact for artifact in bundle.artifacts if artifact.backend == backend}
@@ -53,7 +51,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         raise UserError(f"the bundle has no artifact of backend {backend!r}; it has {have}")
     if etdump and (backend != "executorch" or not etdump.is_file()):
         raise UserError(f"--etdump needs the profile of an ExecuTorch artifact, got {etdump} for backend {backend!r}")
-    threads, image = resolve_threads(threads), np.load(bundle.root / GOLDEN_INPUT)[:1]
+    threads, image = resolve_threads(threads), bundle.golden_input()[:1]
     profiles: dict[str, Any] = {}
     precisions = sorted(artifacts, key=lambda precision: precision != "float")
     for precision in precisions[-1:] if etdump else precisions:

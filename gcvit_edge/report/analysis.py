@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.errors import UserError
@@ -50,8 +51,8 @@ def _classes(entry: dict[str, Any]) -> Table:
     for row in [{"class": "all", **drift["all"]}, *drift["classes"][:5]]:
         low, high = row["drop_ci95"]
         table.add_row(
-            row["class"], str(row["images"]), f"{row['float_top1']:.2%}", f"{row['int8_top1']:.2%}", str(row["lost"]), str(row["won"]),
-            f"{row['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})", f"{row['sqnr_db']:.1f}",
+            escape(row["class"]), str(row["images"]), f"{row['float_top1']:.2%}", f"{row['int8_top1']:.2%}", str(row["lost"]),
+            str(row["won"]), f"{row['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})", f"{row['sqnr_db']:.1f}",
         )  # fmt: skip
     return table
 

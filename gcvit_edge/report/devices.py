@@ -1,6 +1,7 @@
 """A report of devices on the terminal: all side by side in one table."""
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.measurement.result import Report, Result, Run
@@ -19,33 +20,35 @@ def benchmark_table(report: Report) -> Table:
             cells += [_number(result.peak_rss_mb, 0), _parity(result), *([_energy(result)] if energy else [])]
             table.add_row(*_head(report, run, result), *cells)
         if run.error:
-            table.add_row(run.device, "[red]failed[/]")
+            table.add_row(escape(run.device), "[red]failed[/]")
     return table
 
 
 def accuracy_table(report: Report) -> Table:
-    """Accuracy, a line for each artifact on each device."""
-    counts = {result.accuracy.images for run in report.runs for result in run.results if result.accuracy}
-    table = _table(report, f"{max(counts, default=0)} images")
-    for heading in ("top-1 (95 % interval)", "top-5", "drop, points (95 % interval)", "agreement", "SQNR", "parity"):
+    """Accuracy, a line for each artifact on each device; against the float artifact only where there is one."""
+    found = [result.accuracy for run in report.runs for result in run.results if result.accuracy]
+    compared = any(accuracy.drop_points is not None for accuracy in found)
+    table = _table(report, f"{max((accuracy.images for accuracy in found), default=0)} images")
+    columns = ("drop, points (95 % interval)", "agreement", "SQNR") if compared else ()
+    for heading in ("top-1 (95 % interval)", "top-5", *columns, "parity"):
         table.add_column(heading, justify="right")
     for run in report.runs:
         for result in run.results:
-            table.add_row(*_head(report, run, result), *_accuracy(result), _parity(result))
+            table.add_row(*_head(report, run, result), *_accuracy(result)[: 2 + len(columns)], _parity(result))
         if run.error:
-            table.add_row(run.device, "[red]failed[/]")
+            table.add_row(escape(run.device), "[red]failed[/]")
     return table
 
 
 def _table(report: Report, what: str) -> Table:
-    table = Table(title=f"{report.model}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=f"{escape(report.model)}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in ("device", "artifact", *(["run on"] if _several_ways(report) else [])):
         table.add_column(heading, overflow="fold")
     return table
 
 
 def _head(report: Report, run: Run, result: Result) -> list[str]:
-    return [run.device, f"{result.backend} {result.precision}", *([result.execution] if _several_ways(report) else [])]
+    return [escape(run.device), f"{result.backend} {result.precision}", *([result.execution] if _several_ways(report) else [])]
 
 
 def _several_ways(report: Report) -> bool:
@@ -116,7 +119,7 @@ def _parity(result: Result) -> str:
 
 
 def _energy(result: Result) -> str:
-    return "\n".join(f"{rail} {joules:.3g}" for rail, joules in (result.energy_j or {}).items()) or "-"
+    return "\n".join(f"{escape(rail)} {joules:.3g}" for rail, joules in (result.energy_j or {}).items()) or "-"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.measurement.profile import KINDS
@@ -14,7 +15,7 @@ def profile_table(report: dict[str, Any]) -> Table:
     """Time by kind, then by operator, with float beside INT8 where the bundle has it; fits 100 columns."""
     profiles = report["profiles"]
     table = Table(
-        title=f"{report['model']}, {report['backend']}, {report['threads']} threads:\nms of one inference (number of operators)",
+        title=f"{escape(report['model'])}, {report['backend']}, {report['threads']} threads:\nms of one inference (number of operators)",
         title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     table.add_column("")
@@ -28,5 +29,5 @@ def profile_table(report: dict[str, Any]) -> Table:
     operators = {name: None for summary in profiles.values() for name in (each["operator"] for each in summary["operators"])}
     longest = sorted(operators, key=lambda name: -max(each[name]["ms"] for each in times.values() if name in each))[:SHOWN]
     for name in longest:
-        table.add_row(name, *(f"{each[name]['ms']:.2f} ({each[name]['count']})" if name in each else "" for each in times.values()))
+        table.add_row(escape(name), *(f"{each[name]['ms']:.2f} ({each[name]['count']})" if name in each else "" for each in times.values()))
     return table

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -11,7 +12,7 @@ def results_table(report: dict[str, Any]) -> Table:
     machine = report["machine"]
     table = Table(
         title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
-        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads,\n{machine['cpu']}",
+        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads,\n{escape(machine['cpu'])}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,

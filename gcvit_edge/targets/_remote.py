@@ -52,16 +52,25 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
     build: builds the runner for an architecture (`uname -m`), where the user has given none.
 
     Raises:
-        UserError: the device cannot be reached, or the runner is not for its architecture.
+        UserError: the device cannot be reached, the runner is not for its architecture, or `remote_dir` is another user's `~`.
         CheckFailed: its disk is full.
     """
-    parent = quote(options.remote_dir) if options.remote_dir else shell.parent
+    parent = _folder_word(options.remote_dir) if options.remote_dir else shell.parent
     keeper = Keeper(shell, parent)
     try:
         given = options.runner
         yield Remote(shell, keeper, (lambda _: given) if given else build, options)
     finally:
         keeper.close()
+
+
+def _folder_word(folder: str) -> str:
+    """A folder there as a word of its shell; ~ is the home folder there."""
+    if folder == "~" or folder.startswith("~/"):
+        return f'"$HOME"{quote(folder[1:])}'
+    if folder.startswith("~"):
+        raise UserError(f"remote_dir: got {folder}, but ~ is only the home folder of the user who logs in; give the whole path")
+    return quote(folder)
 
 
 class Remote(Connection):

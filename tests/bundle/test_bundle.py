@@ -11,7 +11,7 @@ from bundles import FILES, edit_manifest, listing, replace_golden, replace_liste
 from tiny import CLASSES, EVALUATION_IMAGES, Tiny
 
 import gcvit_edge
-from gcvit_edge import Bundle, open_bundle
+from gcvit_edge import Bundle, export_float, open_bundle
 from gcvit_edge.data import Preprocessing, find_images, read_image, read_preprocessing
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
 
@@ -26,6 +26,11 @@ def test_layout(bundle: Bundle) -> None:
     assert inputs.dtype == logits.dtype == np.float32
     assert inputs.shape[1:] == (3, 64, 64)
     assert logits.shape == (len(inputs), 4)
+
+
+def test_onnx_runtime_by_its_other_name(weights: Path, tmp_path: Path, onnxruntime_gpu: str) -> None:
+    made = export_float(weights=str(weights), backends=["onnx"], output=tmp_path / "bundle", threads=1)
+    assert made.manifest.tools["onnxruntime"] == onnxruntime_gpu
 
 
 def test_manifest_lists_every_file_with_its_hash(bundle: Bundle) -> None:

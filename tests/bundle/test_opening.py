@@ -56,6 +56,29 @@ def test_no_bundle(tmp_path: Path) -> None:
         open_bundle(tmp_path / "file")
 
 
+# files that are read only when they are needed
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["report.json", "golden/input.npy", "golden/onnx.int8.npy"])
+@pytest.mark.parametrize("content", [None, POINTER, b"", b"half"])
+def test_a_missing_or_damaged_file_is_named(name: str, content: bytes | None, copy: Path) -> None:
+    whole = (copy / name).read_bytes()
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    opened = open_bundle(copy)
+    read = {
+        "report.json": lambda: opened.report,
+        "golden/input.npy": opened.golden_input,
+        "golden/onnx.int8.npy": lambda: opened.golden_logits(opened.artifact()),
+    }
+    state = "is missing from the bundle; get the bundle again" if content is None else "of the bundle is damaged; get the bundle again"
+    with pytest.raises(CheckFailed, match=f"^{name} {state}"):
+        read[name]()
+
+
 # zip
 
 

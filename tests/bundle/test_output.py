@@ -1,16 +1,23 @@
 """There is never half a bundle, nor one in the place of something else."""
 
+import itertools
 import json
+import os
 import shutil
+import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from boards import need
 from bundles import FILES, listing, quantize
+from images import zipped
 from tiny import Tiny
 
-from gcvit_edge import Bundle, open_bundle
+from gcvit_edge import Bundle, open_bundle, pipeline
+from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.errors import CheckFailed, UserError
 
 
@@ -53,7 +60,7 @@ def test_what_is_no_bundle_is_never_replaced(force: bool, tiny: Tiny, tmp_path: 
     folder.mkdir()
     (folder / "holiday.jpg").write_bytes(b"precious")
     file.write_bytes(b"precious too")
-    message = "exists and is not a bundle, so --force does not replace it" if force else "exists; give another --output"
+    message = "exists and is not a bundle, so --force does not replace it" if force else r"exists( and holds holiday\.jpg)?; give another"
     for output in (folder, file):
         with pytest.raises(UserError, match=message):
             quantize(tiny, output, force=force)
@@ -74,8 +81,62 @@ def test_force_replaces_a_bundle(copy: Path, tiny: Tiny) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_empty_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").mkdir(mode=0o750)
     assert listing(quantize(tiny, tmp_path / "out").root) == FILES
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_current_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for force in (False, True):
+        (tmp_path / "out" / "stale.txt").write_text("of the old bundle") if force else None
+        assert quantize(tiny, Path("."), force=force).verify()
+        assert listing(Path(".")) == listing(tmp_path / "out") == FILES
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match=r"\. exists and holds a bundle"):
+        quantize(tiny, Path("."))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mounted_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "out"], capture_output=True)
+    need(mounted.returncode == 0, "the right to mount a tmpfs")
+    try:
+        for force in (False, True):
+            assert quantize(tiny, tmp_path / "out", force=force).verify()
+            assert listing(tmp_path) == [f"out/{name}" for name in FILES]
+    finally:
+        subprocess.run(["umount", tmp_path / "out"], check=True)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("output", ["out", "out.zip", "new", "new.zip"])
+def test_what_comes_while_it_runs_is_not_replaced(output: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / output if output == "new.zip" else tmp_path / output / "README.md"
+    if output.startswith("out"):
+        (tmp_path / output).mkdir()
+
+    def meanwhile(*arguments: Any) -> None:
+        pack(*arguments)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("precious")
+
+    pack = pipeline.pack
+    monkeypatch.setattr(pipeline, "pack", meanwhile)
+    with pytest.raises(UserError, match=f"{output} exists( and holds README.md)?; give another --output"):
+        quantize(tiny, tmp_path / output)
+    assert file.read_text() == "precious"
+    assert listing(tmp_path) == [str(file.relative_to(tmp_path))]
+
+
+@pytest.mark.usefixtures("never")
+def test_what_a_killed_run_left_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".out.partial-x").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out exists and holds \.out\.partial-x; give another --output"):
+        quantize(tiny, tmp_path / "out")
 
 
 @pytest.mark.usefixtures("quick")
@@ -135,18 +196,24 @@ def test_failed_replacement_keeps_the_old_bundle(copy: Path, tiny: Tiny, monkeyp
     assert open_bundle(copy).verify()
 
 
-@pytest.mark.usefixtures("quick")
-def test_replacement_that_fails_at_the_last_moment_keeps_the_old_bundle(copy: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename, renamed = Path.rename, []
+@pytest.mark.parametrize("place", ["folder", "zip", "empty"])
+def test_a_failure_at_the_last_moment_changes_nothing(place: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = {"folder": copy, "zip": zipped(copy, tmp_path / "copy.zip"), "empty": tmp_path / "empty"}[place]
+    (tmp_path / "empty").mkdir()
+    new = Path(shutil.copytree(copy, tmp_path / "to come"))
+    (new / "labels.txt").write_text("of the new bundle")
+    before, rename = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}, Path.rename
+    for failing in range({"folder": 2 * len(os.listdir(copy)), "zip": 2, "empty": len(os.listdir(copy))}[place]):
+        count = itertools.count()
 
-    def failing(self: Path, target: Path) -> Path:
-        renamed.append(target)
-        if len(renamed) == 2:  # the old bundle is out of the way, the new one not yet there
-            raise OSError("disk is gone")
-        return rename(self, target)
+        def counted(self: Path, target: Path, count: Iterator[int] = count, failing: int = failing) -> Path:
+            # a bundle is there as a whole, or none
+            assert place == "zip" or not (output / "bundle.json").exists() or set(FILES) <= set(listing(output))
+            if next(count) == failing:
+                raise OSError("disk is gone")
+            return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk is gone"):
-        quantize(tiny, copy, force=True)
-    monkeypatch.undo()
-    assert copy.is_dir(), "the old bundle is gone, and the new one is not there"
+        monkeypatch.setattr(Path, "rename", counted)
+        with pytest.raises(OSError, match="disk is gone"), staged_bundle(output, force=True) as stage:
+            shutil.copytree(new, stage, dirs_exist_ok=True)
+        assert {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)} == before

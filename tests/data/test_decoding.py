@@ -73,7 +73,7 @@ def test_the_only_image_unreadable_is_an_error(tmp_path: Path) -> None:
         decode_images(find_images(tmp_path, "evaluation"), SMALL, tmp_path / "p.npy")
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_damaged_member_of_a_zip_is_skipped(method: int, tmp_path: Path) -> None:
     file = tmp_path / "damaged.zip"
     with zipfile.ZipFile(file, "w", method) as archive:
@@ -82,11 +82,25 @@ def test_damaged_member_of_a_zip_is_skipped(method: int, tmp_path: Path) -> None
         start = archive.getinfo("a/07.bmp").header_offset + 30 + len("a/07.bmp")
         length = archive.getinfo("a/07.bmp").compress_size
     data = bytearray(file.read_bytes())
-    data[start : start + length] = b"\xff" * length
+    data[start + length // 2 : start + length] = b"\xff" * (length - length // 2)
     file.write_bytes(data)
     pixels = decode_images(find_images(file, "evaluation"), SMALL, tmp_path / "p.npy")
     assert pixels.skipped == ("a/07.bmp",)
     assert pixels.load().shape[0] == 23
+
+
+@pytest.mark.parametrize(("flag", "method"), [(1, 0), (0, 9)])
+def test_single_members_that_python_cannot_read_are_skipped(flag: int, method: int, photos: Path, tmp_path: Path) -> None:
+    file = zipped(photos, tmp_path / "photos.zip", zipfile.ZIP_STORED)
+    images = find_images(file, "evaluation")
+    with zipfile.ZipFile(file) as archive:
+        local = archive.getinfo(images.files[7]).header_offset
+    data = bytearray(file.read_bytes())
+    central = data.rindex(images.files[7].encode()) - 46  # the name follows the header
+    for at in (local + 6, central + 8):
+        data[at], data[at + 2] = flag, method
+    file.write_bytes(data)
+    assert decode_images(find_images(file, "evaluation"), SMALL, tmp_path / "p.npy").skipped == (images.files[7],)
 
 
 def _bmp(seed: int) -> bytes:

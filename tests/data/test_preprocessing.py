@@ -181,6 +181,54 @@ def test_old_style_config_with_plain_numbers(tmp_path: Path) -> None:
     file.write_text(json.dumps({"size": 256, "crop_size": 224, "resample": 2, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
     expected = Preprocessing(size=(224, 224), resize=256, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
     assert read_preprocessing(file) == expected
+    file.write_text(json.dumps({"size": 224, "resample": 2, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))  # ViTFeatureExtractor's
+    assert read_preprocessing(file) == expected.model_copy(update={"mode": "squash", "resize": 224})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rescale_factor": 0.003921568859368563},  # 1 / 255 in float32
+        {"do_convert_rgb": None, "do_pad": None, "pad_size": None, "data_format": "channels_first", "return_tensors": None},  # fast ones
+        {"size": {"height": 224, "width": 224}, "do_center_crop": True},  # a crop that takes nothing away
+        {"size": {"height": 224, "width": 224}, "do_center_crop": None, "crop_size": None},
+        {"crop_size": {"height": 224, "width": 224, "shortest_edge": None}, "do_center_crop": True},
+        {"size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": {"height": 192, "width": 192}},
+    ],
+)
+def test_what_transformers_write_is_read(changes: dict, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    expected = Preprocessing(resize=224 if "size" in changes else 256, mode="squash" if "size" in changes else "shortest_edge")
+    file.write_text(json.dumps(Preprocessing().to_huggingface() | changes))
+    assert read_preprocessing(file) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rescale_factor": 1 / 127.5}, r"asks for rescale_factor 0\.0078\d*, which this preprocessing cannot do; it resizes"),
+        ({"rescale_factor": 1 / 256}, "asks for rescale_factor"),
+        ({"do_rescale": False, "do_normalize": None}, "asks for do_rescale false, do_normalize null, which"),
+        ({"do_resize": False}, "asks for do_resize false"),
+        ({"do_flip_channel_order": True}, "asks for do_flip_channel_order true"),
+        ({"crop_pct": 0.9}, r"asks for crop_pct 0\.9"),
+        ({"resample": 1}, "asks for resample 1"),
+        ({"size": {"height": 256, "width": 256}}, r'asks for size \{"height": 256, "width": 256\}, do_center_crop true, crop_size'),
+        ({"do_center_crop": False}, r'asks for size \{"shortest_edge": 256\}, do_center_crop false'),
+        ({"size": {"shortest_edge": 256, "longest_edge": 400}}, 'asks for size .*"longest_edge"'),
+        ({"size": {"shortest_edge": 0}}, "resize: got 0; Input should be greater than 0"),
+        ({"crop_size": {"height": 224, "width": -1}}, r"size\.1: got -1"),
+        ({"image_mean": [0.5]}, "mean: got .*0.5.*at least 3 items"),
+        ({"image_std": [0.5, 0.5, 0.5, 0.5]}, "std: got .*at most 3 items"),
+        ({"image_std": [0.2, 0, 0.2]}, r"std\.1: got 0; Input should be greater than 0"),
+        ({"image_mean": [0.2, float("nan"), 0.2]}, r"mean\.1: got nan; Input should be a finite number"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(changes: dict, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(Preprocessing().to_huggingface() | changes))
+    with pytest.raises(UserError, match=message):
+        read_preprocessing(file)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +240,9 @@ def test_old_style_config_with_plain_numbers(tmp_path: Path) -> None:
         ('{"size": 8, "crop_size": 8, "image_mean": "x", "image_std": [1]}', "mean"),
         ("[1, 2]", "preprocessor_config.json"),
         ('"text"', "preprocessor_config.json"),
+        ('{"size": {"shortest_edge": 8}, "do_center_crop": true, "image_mean": [0], "image_std": [1]}', "crop_size.* is missing"),
+        ('{"size": 8, "crop_size": 8, "resample": [3], "image_mean": [0], "image_std": [1]}', "missing or wrong"),
+        ('{"size": 8, "crop_size": 8, "rescale_factor": null, "image_mean": [0], "image_std": [1]}', "missing or wrong"),
     ],
 )
 def test_unusable_preprocessing_file(text: str, message: str, tmp_path: Path) -> None:

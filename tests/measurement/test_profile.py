@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +7,12 @@ import pytest
 import torch
 
 from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.bundle import Bundle, open_bundle
+from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_float, lower_quantized
-from gcvit_edge.measurement.profile import Operator, summarize, verdict
+from gcvit_edge.measurement.profile import Operator, profile_bundle, summarize, verdict
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
@@ -33,8 +37,15 @@ def test_profile_of_the_runtime_itself(name: str, tmp_path: Path) -> None:
         assert profile["integer"]["count"] >= linears if integer else profile["integer"]["count"] == 0
         assert profile["delegated_share"] == 1
         assert profile["delegate_calls"] == (1 if name == "executorch" else None)
-    json.dumps(profiles)
+    assert "Invalid" not in json.dumps(profiles)  # what XNNPACK calls a table of GELU
     assert "integer arithmetic" in verdict(profiles[1], profiles[0])[0]
+
+
+def test_profile_of_a_bundle_without_golden_input(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle.root, tmp_path / "copy"))
+    shutil.rmtree(copy / "golden")
+    with pytest.raises(CheckFailed, match=r"golden/input\.npy is missing from the bundle; get the bundle again"):
+        profile_bundle(open_bundle(copy), "onnx", 1, None, Steps())
 
 
 def summary(integer_ms: float, float_ms: float, rounding_ms: float, other_ms: float) -> dict:

@@ -20,6 +20,7 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Session, ssh
+from gcvit_edge.targets._remote import Remote
 from gcvit_edge.targets.ssh import Options, connect
 
 
@@ -130,6 +131,22 @@ def test_a_shell_that_talks(board: Board, options: Options) -> None:
             pass
     finally:
         forced.write_text(usual)
+
+
+@pytest.mark.parametrize("folder", ["~", "~/my bench"])
+def test_the_home_folder(folder: str, board: Board, options: Options) -> None:
+    with connect("board", replace(options, remote_dir=folder)) as device:
+        assert isinstance(device, Remote)
+        # the folder of the board is the home folder of who logs in
+        assert Path(device.keeper.folder).parent == Path(folder.replace("~", str(board.folder))) / "gcvit-edge"
+        assert Path(device.keeper.folder).is_dir()
+    assert not (board.folder / "gcvit-edge").exists()
+
+
+def test_the_home_folder_of_another_user(options: Options) -> None:
+    message = "remote_dir: got ~pi/bench, but ~ is only the home folder of the user who logs in; give the whole path"
+    with pytest.raises(UserError, match=message), connect("board", replace(options, remote_dir="~pi/bench")):
+        pass
 
 
 def test_a_folder_that_cannot_be_made(options: Options) -> None:
