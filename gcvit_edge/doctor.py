@@ -1,13 +1,13 @@
 """What is installed, and what works on this machine."""
 
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.backends import backend_names, load_backend, package_version
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.machine import cpu_name, int8_features
@@ -50,7 +50,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     try:
-        return version(name)
+        return package_version(name)
     except PackageNotFoundError:
         return None
 

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import load_backend
+from gcvit_edge.backends import load_backend, package_version
 from gcvit_edge.cache import Measurements, cache_file, digest
 from gcvit_edge.data import Pixels, Preprocessing
 from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
@@ -87,11 +86,11 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
     from gcvit_edge.quantization.sensitivity import identity
 
     backend = load_backend(name)
-    versions = [f"{package} {version(package)}" for package in ("gcvit-edge", *backend.PACKAGES)]
+    versions = [f"{package} {package_version(package)}" for package in ("gcvit-edge", *backend.PACKAGES)]
     recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
     key = digest([
         name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())),
-        *identity(calibrated.network),
+        *identity(calibrated.network), *identity(calibrated.to_round()),
         *(image.tobytes() for image in images),
     ])  # fmt: skip
     return Measurements(cache_file(key))

@@ -1,5 +1,6 @@
 """Fixtures for every part of the suite: reference data, a small network in memory, and bundles of another for devices."""
 
+import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,25 @@ def shared() -> Path:
 def golden() -> Path:
     """Reference outputs of the two independent implementations, NVlabs' and timm's."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def onnxruntime_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As if ONNX Runtime were installed as the distribution `onnxruntime-gpu` alone; its version."""
+    folder = tmp_path / "packages" / "onnxruntime_gpu-9.8.7.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 9.8.7\n")
+    (folder / "top_level.txt").write_text("onnxruntime\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    real = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    return "9.8.7"
 
 
 def _perturb(model: GCViT) -> GCViT:

@@ -1,9 +1,11 @@
 """int8_auto: what stays float, why, and that an interrupted search goes on where it was."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from tiny import AUTO_RECIPE, RUINED_LAYER, Tiny, make_ruined, make_tiny
@@ -12,9 +14,11 @@ from gcvit_edge import search as module
 from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
+from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.pipeline import quantize
 from gcvit_edge.plan import plan
-from gcvit_edge.recipe import Limits
+from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.recipe import Limits, parse_recipe, recipe_text
 from gcvit_edge.report.search import search_lines
 from gcvit_edge.search import Layer, candidates, frontier, predicted_ms, within
 from gcvit_edge.targets.local import run_artifacts
@@ -44,6 +48,14 @@ def test_within_asks_for_the_upper_end_of_the_interval() -> None:
     assert within(accuracy, Limits(max_drop=0.5, min_agreement=0.99))
     assert not within(accuracy, Limits(max_drop=0.49, min_agreement=0))
     assert not within(accuracy, Limits(max_drop=0.5, min_agreement=0.995))
+
+
+def test_onnx_runtime_by_its_other_name(make_model: Callable[..., GCViT], onnxruntime_gpu: str) -> None:
+    recipe = parse_recipe(recipe_text("int8_auto"), "int8_auto")
+    images = [np.zeros((1, 3, 64, 64), np.float32)]
+    calibrated = calibrate(make_model(depths=(1, 1, 1, 1)), recipe, lambda: iter(images))
+    known = module.measurements("onnx", calibrated, recipe, images)
+    assert known.get("a measurement", lambda: 1.0) == 1.0
 
 
 @pytest.fixture(scope="module")

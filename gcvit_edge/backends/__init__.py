@@ -7,6 +7,7 @@ that need it, so that loading an artifact does not import the exporter.
 """
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -89,3 +90,17 @@ def load_backend(name: str) -> Backend:
         UserError: unknown name (the message names the nearest one).
     """
     return cast(Backend, load_module(_package, "backend", name))
+
+
+def package_version(name: str) -> str:
+    """Version of a distribution, or of the one that has a module of this name: ONNX Runtime's for GPUs is `onnxruntime-gpu`.
+
+    Raises:
+        PackageNotFoundError: there is neither.
+    """
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name not in (distributions := packages_distributions()):
+            raise
+        return version(distributions[name][0])

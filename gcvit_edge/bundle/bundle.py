@@ -73,8 +73,20 @@ class Bundle:
         raise unknown_name("artifact of this bundle", f"{backend or 'any'}.{precision}", [a.name for a in self.artifacts])
 
     def runner(self, backend: str | None = None, threads: int | None = None) -> Runner:
-        """Loads an artifact in this process: (1, C, H, W) float32 -> (1, classes) float32 logits."""
+        """Loads an artifact in this process: (1, C, H, W) float32 -> (1, classes) float32 logits.
+
+        Raises:
+            UserError: the bundle has none of this backend.
+            CheckFailed: a file of it is missing, or of another size than it should be.
+        """
         artifact = self.artifact(backend)
+        sizes = {self.root / file.path: file.size_bytes for file in self.manifest.files}
+        for path in artifact.files:
+            found = path.stat().st_size if path.is_file() else 0
+            if found != sizes[path]:  # runtimes say nothing that helps; hashes are for `verify`, which takes longer
+                raise CheckFailed(
+                    f"{path.name} has {found} bytes, expected {sizes[path]}; get the bundle again (out of Git: with git lfs pull)"
+                )
         return load_backend(artifact.backend).load(artifact.path, threads or default_threads())
 
     def predict(self, images: list[Path], backend: str | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -82,6 +94,7 @@ class Bundle:
 
         Raises:
             UserError: an image is missing or does not decode, `top` is below 1, or the bundle has no artifact of that backend.
+            CheckFailed: as `runner`.
         """
         if top < 1:
             raise UserError(f"top must be at least 1, got {top}")

@@ -2,7 +2,6 @@
 
 import json
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from gcvit_edge import __version__
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import load_backend
+from gcvit_edge.backends import load_backend, package_version
 from gcvit_edge.bundle.manifest import (
     FORMAT_VERSION,
     GOLDEN_INPUT,
@@ -69,7 +68,7 @@ def pack(
         recipe=recipe,
         files=tuple(files),
         requirements=requirements,
-        tools={"gcvit-edge": __version__, "python": platform.python_version()} | {package: version(package) for package in packages},
+        tools={"gcvit-edge": __version__, "python": platform.python_version()} | {name: package_version(name) for name in packages},
         results=report["artifacts"],
         within_limits=all(entry["within_limits"] for entry in report["artifacts"]) if recipe else None,
     )

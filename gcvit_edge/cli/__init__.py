@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 import gcvit_edge.cli as _package
-from gcvit_edge.cli._output import captured_noise
+from gcvit_edge.cli._output import Terminal, captured_noise, is_unwritable, unwritable_ends
 from gcvit_edge.errors import CheckFailed, LimitBroken, UserError
 from gcvit_edge.registry import load_module, module_names
+
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hangup
 
 EXIT_CODES = """\
 exit codes:
@@ -27,9 +29,10 @@ exit codes:
   1  internal error
   2  bad input: the message says what was got, what was expected and what to do; nothing was written
   3  made and checked, but an accuracy limit of the recipe is broken
-  4  a check failed: a changed bundle, a broken baseline, a device that fails
+  4  a check failed: a changed bundle, a broken baseline, a device that fails; or a disk is full
   5  an artifact gives other logits than its golden ones
   130  interrupted; nothing was written (train, int8_qat: the run so far, for --resume)
+  141  who read the output has gone, as `| head` does
 """
 
 
@@ -68,22 +71,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code."""
+    """Runs the command line and returns its exit code.
+
+    Raises:
+        OSError: who reads the output has gone, or a disk is full; the entry point makes exit codes of them.
+    """
     arguments = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _catch_endings()
     with captured_noise() as streams:
-        errors = Console(file=streams.err, stderr=True)
+        errors = Terminal(file=streams.err, stderr=True, emoji=False)
         try:
             result: Result | None = arguments.run(arguments, errors)
             if result is None:
                 return 0
             if arguments.json:
-                print(json.dumps(result.data, indent=2), file=streams.out)
+                print(json.dumps(result.data, indent=2), file=streams.out, flush=True)
             else:
-                console = Console(file=streams.out)
+                console = Terminal(file=streams.out, emoji=False)
                 for shown in result.shown:
                     text = isinstance(shown, str)  # may hold what looks like markup: labels, YAML lists
-                    console.print(shown, soft_wrap=text, markup=not text, emoji=False, highlight=False)
+                    console.print(shown, soft_wrap=text, markup=not text, highlight=False)
             if result.error is None:
                 return 0
             raise result.error
@@ -94,18 +101,28 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt as interruption:
             errors.print(str(interruption) or "interrupted; nothing was written", markup=False, highlight=False, soft_wrap=True)
             return 130
-        except BrokenPipeError:
-            return 1
-        except Exception:
+        except Exception as error:
+            if is_unwritable(error):
+                raise  # to the entry point
             errors.print_exception()
             errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
             return 1
 
 
+def _catch_endings() -> None:
+    """Makes what ends a process an interruption, which cleans up; a hangup (a closed terminal, a lost SSH connection) unless ignored."""
+    for number in _ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    for ending in _ENDINGS:  # a closing terminal says it twice: the second must not end the cleaning up
+        signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def entry_point() -> None:
     """The console script."""
-    sys.exit(main())
+    with unwritable_ends():
+        sys.exit(main())

@@ -1,10 +1,9 @@
 """Measuring a finished bundle on devices: latency, accuracy, and in either case whether the answers are right."""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,26 @@ from gcvit_edge.measurement.parity import finite_db
 from gcvit_edge.measurement.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.measurement.timing import Mode, Timing, time_sessions
 from gcvit_edge.progress import Advance, Steps
-from gcvit_edge.targets import Case, Connection, Session, load_target
+from gcvit_edge.targets import Case, Connection, Hold, Session, load_target, side_by_side
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A connected device. emulated: time says nothing there."""
+    """A connected device. emulated: time says nothing there. failures: of cases that do not run there, in words."""
 
     device: Device
     connection: Connection
     threads: int
     emulated: bool
+    failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noted(self, *cases: Case) -> Iterator[None]:
+        """What fails inside is the failure of these cases, and ends nothing else."""
+        try:
+            yield
+        except CheckFailed as error:
+            self.failures.append(f"{', '.join(case.name for case in cases)}: {error}")
 
 
 def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None) -> Report:
@@ -40,13 +48,17 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
 
     Raises:
         UserError: a device cannot be reached or can run nothing of the bundle. Of several devices, see `Run.error`.
-        CheckFailed: an artifact does not run on the device. Of several devices, see `Run.error`.
+        CheckFailed: no artifact runs on the device. Of several devices, or if only some do not run, see `Run.error`.
     """
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
         groups = [cases] if mode.together and not site.emulated else [[case] for case in cases]
+        results: list[Result] = []
         with steps.step(f"{site.device.name}: time", mode.turns * len(cases)) as advance:
-            return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
+            for group in groups:
+                with site.noted(*group):
+                    results += _time(bundle, site, group, mode, advance)
+        return results
 
     artifacts = _artifacts(bundle, backends)
     return _report(bundle, mode.name, [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices])
@@ -89,7 +101,7 @@ def _artifacts(bundle: Bundle, backends: Sequence[str] | None) -> list[Artifact]
 
 
 def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, list[Case]], list[Result]], *, alone: bool) -> Run:
-    """A device's part of the report; unless it is `alone`, what fails goes into it instead of ending everything."""
+    """A device's part of the report; what fails goes into it instead of ending everything, unless it is `alone` and all of it fails."""
     target = load_target(device.target)
     emulated = not target.MEASURES_TIME
     machine, results, failure = None, [], None
@@ -99,7 +111,11 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
             raise UserError(f"{device.name} runs nothing of {', '.join(a.name for a in artifacts)}; {device.target}: {target.HELP}")
         with target.connect(device.address, device.options) as connection:
             machine = connection.machine()
-            results = measure(_Site(device, connection, device.threads or machine.cpus, emulated), cases)
+            site = _Site(device, connection, device.threads or machine.cpus, emulated)
+            results = measure(site, cases)
+        failure = "\n".join(site.failures) or None
+        if not results:
+            raise CheckFailed(failure)
     except (UserError, CheckFailed) as error:
         if alone:
             raise
@@ -108,19 +124,22 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
 
 
 def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: Advance) -> list[Result]:
-    """Times the cases together, in turns."""
+    """Times the cases together, in turns; without those that cannot be loaded."""
     image = bundle.golden_input()[:1]
     with ExitStack() as stack:
-        sessions = [stack.enter_context(site.connection.open(case, site.threads, pinned=True)) for case in cases]
+        loaded: list[tuple[Case, Session]] = []
+        for case in cases:
+            with site.noted(case):
+                loaded.append((case, stack.enter_context(site.connection.open(case, site.threads, pinned=True))))
         if site.emulated:
             return [
                 _result(bundle, site, case, session, site.threads).model_copy(update={"counts": session.counts(image)})
-                for case, session in zip(cases, sessions, strict=True)
+                for case, session in loaded
             ]
-        timings = time_sessions(sessions, image, site.threads, mode, advance)
+        timings = time_sessions([session for _, session in loaded], image, site.threads, mode, advance)
         return [
             _result(bundle, site, case, session, site.threads).model_copy(update=_timed(timing, mode))
-            for case, session, timing in zip(cases, sessions, timings, strict=True)
+            for (case, session), timing in zip(loaded, timings, strict=True)
         ]
 
 
@@ -147,13 +166,12 @@ def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, la
     at_once = site.connection.side_by_side
     threads = site.threads if at_once == 1 else 1
 
-    def answer(case: Case) -> tuple[Result, Logits]:
-        with site.connection.open(case, threads, pinned=False) as session:
+    def answer(case: Case, hold: Hold) -> tuple[Result, Logits] | None:
+        with site.noted(case), hold(site.connection.open(case, threads, pinned=False)) as session:
             logits = session.run(pixels, bundle.info.preprocessing, 0, len(pixels.kept), advance)
             return _result(bundle, site, case, session, threads), logits
 
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = list(pool.map(answer, cases))
+    answers = [answered for answered in side_by_side(answer, cases, at_once) if answered is not None]
     reference = next((logits for result, logits in answers if result.precision == "float"), None)
     return [
         result.model_copy(update={"accuracy": _accuracy(logits, None if result.precision == "float" else reference, labels)})

@@ -84,7 +84,7 @@ class Run(_Part):
     emulated: bool = Field(description="numbers are right or wrong here, but times would say nothing")
     machine: Machine | None = Field(description="absent if the device could not be reached")
     results: tuple[Result, ...]
-    error: str | None = Field(default=None, description="why the device gave no results, where several were asked for")
+    error: str | None = Field(default=None, description="why the device, or some artifacts on it, gave no results")
 
 
 class Report(_Part):

@@ -272,12 +272,16 @@ def _hub_config(folder: Path) -> tuple[Labels | None, Preprocessing | None]:
     timm = config.get("pretrained_cfg", {})
     if "input_size" not in timm:
         return labels, None
-    size = tuple(timm["input_size"][1:])
-    return labels, Preprocessing(
-        size=size,
-        resize=int(min(size) / timm.get("crop_pct", 0.875)),
-        mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
-        interpolation=timm.get("interpolation", "bicubic"),
-        mean=timm["mean"],
-        std=timm["std"],
-    )
+    try:
+        size = tuple(timm["input_size"][1:])
+        return labels, Preprocessing(
+            size=size,
+            resize=int(min(size) / timm.get("crop_pct", 0.875)),
+            mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
+            interpolation=timm.get("interpolation", "bicubic"),
+            mean=timm["mean"],
+            std=timm["std"],
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # pydantic's are ValueErrors
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: its preprocessing (pretrained_cfg) cannot be used: {problem}; give --preprocessing FILE") from error

@@ -20,7 +20,7 @@ def benchmark_table(report: Report) -> Table:
             cells += [_number(result.peak_rss_mb, 0), _parity(result), *([_energy(result)] if energy else [])]
             table.add_row(*_head(report, run, result), *cells)
         if run.error:
-            table.add_row(escape(run.device), "[red]failed[/]")
+            table.add_row(escape(run.device), _failed(run))
     return table
 
 
@@ -36,8 +36,12 @@ def accuracy_table(report: Report) -> Table:
         for result in run.results:
             table.add_row(*_head(report, run, result), *_accuracy(result)[: 2 + len(columns)], _parity(result))
         if run.error:
-            table.add_row(escape(run.device), "[red]failed[/]")
+            table.add_row(escape(run.device), _failed(run))
     return table
+
+
+def _failed(run: Run) -> str:
+    return "[red]others failed[/]" if run.results else "[red]failed[/]"
 
 
 def _table(report: Report, what: str) -> Table:

@@ -7,11 +7,13 @@ of every target to make its flags.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from threading import Event
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import gcvit_edge.targets as _package
 from gcvit_edge.errors import UserError
@@ -154,6 +156,45 @@ class Session(ABC):
             chunk = images[first : min(first + CHUNK_IMAGES, stop)]
             logits.append(self.infer(np.concatenate([preprocessing.normalize(image) for image in chunk]), advance))
         return np.concatenate(logits)
+
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+Hold = Callable[[Session], AbstractContextManager[Session]]
+
+
+def side_by_side(work: Callable[[Job, Hold], Answer], jobs: Sequence[Job], at_once: int) -> list[Answer]:
+    """`work` of every job, so many at the same time. It enters its session by the function that it is given, which closes it at the end.
+
+    Whatever ends this early, an interruption too, closes all sessions at once: threads that wait for an answer of one end then.
+    """
+    if at_once == 1:  # without a thread, an interruption ends what is being loaded too
+        return [work(job, lambda session: session) for job in jobs]
+    held: set[Session] = set()  # who takes a session out closes it
+    ended = Event()
+
+    @contextmanager
+    def hold(session: Session) -> Iterator[Session]:
+        held.add(session)
+        try:
+            if ended.is_set():  # while it was loaded
+                raise CancelledError
+            yield session
+        finally:
+            with suppress(KeyError):
+                held.remove(session)
+                session.close()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return list(pool.map(lambda job: work(job, hold), jobs))
+        except BaseException:
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            while held:
+                with suppress(Exception):  # or it would hide what ended this
+                    held.pop().close()
+            raise
 
 
 class Connection(ABC):

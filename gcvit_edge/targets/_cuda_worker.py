@@ -55,6 +55,8 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
         if "torchao" in steps:
             quantize_linears(model, example)
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if "compiled" in steps else model
+        if "compiled" in steps:
+            forward(example)  # compiles it now: what cannot be compiled is not loaded, and does not fail among others that are timed
         if "CUDA graphs" in steps:
             forward = capture(forward, example)
 
@@ -113,6 +115,8 @@ def load_onnx(path: str, device: str, threads: int) -> Runner:
     import onnxruntime
 
     kind, _, index = device.partition(":")
+    if kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):  # 1.21; without it, a CUDA that pip installed is not found
+        onnxruntime.preload_dlls()
     providers: dict[str, list[Any]] = {
         "cuda": [("CUDAExecutionProvider", {"device_id": index, "use_tf32": "0"}), "CPUExecutionProvider"],
         "cpu": ["CPUExecutionProvider"],

@@ -10,13 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gcvit_edge.backends import Runner, load_backend
+from gcvit_edge.backends import Runner, load_backend, package_version
 from gcvit_edge.targets._energy import Rapl
 
 
@@ -42,7 +41,7 @@ def serve(module: str, load: Callable[[], Runner]) -> None:
     run = load()
     load_ms = 1000 * (time.perf_counter() - start)
     runtime = module.partition(".")[0]
-    answer({"load_ms": load_ms, "runtime_rss_mb": before, "runtime": runtime, "runtime_version": _version(runtime)})
+    answer({"load_ms": load_ms, "runtime_rss_mb": before, "runtime": runtime, "runtime_version": package_version(runtime)})
 
     energy = Rapl()
     for line in sys.stdin:
@@ -64,14 +63,6 @@ def serve(module: str, load: Callable[[], Runner]) -> None:
                 answer({"peak_rss_mb": peak_rss_mb()})
             case words:
                 raise ValueError(f"unknown command {words}")
-
-
-def _version(module: str) -> str:
-    """Version of the distribution of a module; ONNX Runtime's for GPUs has another name than its module."""
-    try:
-        return version(module)
-    except PackageNotFoundError:
-        return version(packages_distributions()[module][0])
 
 
 def _milliseconds(run: Any, image: Any) -> float:

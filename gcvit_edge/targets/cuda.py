@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.errors import UserError, unknown_name
+from gcvit_edge.errors import CheckFailed, UserError, unknown_name
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
@@ -23,8 +24,13 @@ ADDRESS = "optional"
 MEASURES_TIME = True
 
 _ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
-_STEPS = ("eager", "compiled", "CUDA graphs", "compiled, CUDA graphs")
-_INT8_STEPS = "torchao, compiled, CUDA graphs"
+_WAYS = {
+    "eager": "eager",
+    "compiled": "compiled",
+    "graphs": "CUDA graphs",
+    "compiled-graphs": "compiled, CUDA graphs",
+    "int8": "torchao, compiled, CUDA graphs",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Options:
 
     weights: Path | None = field(default=None, metadata={"help": "checkpoint that the bundle was made of, for PyTorch"})
     arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(_ARITHMETIC)} (float32)"})
+    ways: str = field(
+        default="", metadata={"help": f"to run PyTorch, some of {','.join(_WAYS)} (all; int8, which is torchao's, where that is installed)"}
+    )
 
 
 def missing() -> str | None:
@@ -55,11 +64,17 @@ def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
 
 
 def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
-    """Every way of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
+    """The ways of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
     from gcvit_edge.artifact import Artifact
 
     if options.arithmetic not in _ARITHMETIC:
         raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
+    ways = options.ways.replace(" ", "").split(",") if options.ways else _possible_ways()
+    for way in ways:
+        if way not in _WAYS:
+            raise unknown_name("way to run PyTorch", way, _WAYS)
+        if way not in _possible_ways():
+            raise UserError(f"way {way} needs the package torchao, which is not installed; install it, or leave {way} out of --ways")
     if options.weights is None:
         return []
     weights = options.weights.resolve()
@@ -69,9 +84,16 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     network, quantized = (Artifact("pytorch", precision, weights, (weights,)) for precision in ("float", "int8"))
     name = options.arithmetic
     return [
-        *(Case(network, f"{steps}, {name}", _ARITHMETIC[name], golden) for steps in _STEPS),
-        Case(quantized, f"{_INT8_STEPS}, {name}", "int8", golden),
+        Case(quantized, f"{_WAYS[way]}, {name}", "int8", golden)
+        if way == "int8"
+        else Case(network, f"{_WAYS[way]}, {name}", _ARITHMETIC[name], golden)
+        for way in ways
     ]
+
+
+def _possible_ways() -> list[str]:
+    """Without INT8 where torchao is not installed: it comes with this package, but not with a PyTorch that was there before."""
+    return [way for way in _WAYS if way != "int8" or find_spec("torchao")]
 
 
 def _artifact_cases(artifacts: "Sequence[Artifact]", runtimes: dict[str, str]) -> list[Case]:
@@ -129,4 +151,10 @@ class Gpu(Connection):
         artifact = case.artifact
         command = [sys.executable, "-m", "gcvit_edge.targets._cuda_worker", artifact.backend, str(artifact.path.resolve()), str(threads),
                    self.device, case.execution]  # fmt: skip
-        return ProcessSession(artifact, command, LocalFolder())
+        try:
+            return ProcessSession(artifact, command, LocalFolder())
+        except CheckFailed as error:
+            if artifact.backend != "pytorch":
+                raise
+            way = {steps: way for way, steps in _WAYS.items()}.get(case.execution.rpartition(", ")[0])
+            raise CheckFailed(f"{str(error).rstrip()}\nto do without it, give --ways without {way}") from error

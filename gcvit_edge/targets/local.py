@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
-from gcvit_edge.targets import Case, Connection
+from gcvit_edge.targets import Case, Connection, Hold, side_by_side
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
 if TYPE_CHECKING:
@@ -109,12 +108,12 @@ def run_artifacts(
     share = max(MIN_SHARE, -(-count // threads))
     starts = range(0, count, share)
 
-    def run(artifact: "Artifact", start: int) -> "NDArray[np.float32]":
-        with Session(artifact, threads=1) as session:
+    def run(job: "tuple[Artifact, int]", hold: Hold) -> "NDArray[np.float32]":
+        artifact, start = job
+        with hold(Session(artifact, threads=1)) as session:
             return session.run(pixels, preprocessing, start, min(start + share, count), advance)
 
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda each: run(*each), product(artifacts, starts)))
+    parts = side_by_side(run, list(product(artifacts, starts)), threads)
     return [np.concatenate(parts[first : first + len(starts)]) for first in range(0, len(parts), len(starts))]
 
 

@@ -85,6 +85,8 @@ def plan_training(
         raise UserError("the settings have a section `distillation`, but training of a float model has no teacher; remove it")
     if not 0 <= freeze_stages <= 4:
         raise UserError(f"freeze_stages must be 0 to 4, the stages of GC ViT, got {freeze_stages}")
+    if eval is not None and Path(data).resolve() == Path(eval).resolve():
+        raise UserError(f"the training and the evaluation images are both {data}; give other images to one of them, or leave out --eval")
     images = find_images(Path(data), "training")
     evaluation = None if eval is None else find_images(Path(eval), "evaluation")
     checkpoint = None if weights is None else read_checkpoint(str(weights))

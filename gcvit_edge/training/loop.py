@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 60  # between two saved states within an epoch
 _REPORT_STEPS = 5  # reading the loss makes a GPU wait
 _EVALUATION_BATCH = 32
+_WAIT = timedelta(hours=24)  # for another process, while the main one reads every image, alone; NCCL's 10 minutes are soon over
 _MAX_WORKERS = 8  # processes that decode images for a GPU
 
 
@@ -59,11 +61,11 @@ def make_accelerator(device: str) -> "Accelerator":
         raise UserError("--device cuda: PyTorch sees no CUDA device here; check the driver and the PyTorch build, or use --device cpu")
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ModuleNotFoundError as error:
         raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install gcvit-edge[train]") from error
     # short networks have weights that no output depends on, such as the global query of a stage without a global block
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=_WAIT)]
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
 
 

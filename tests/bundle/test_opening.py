@@ -90,6 +90,18 @@ def test_zipped_bundle_opens_verifies_and_predicts_alike(bundle: Bundle, tiny: T
     assert opened.predict(images) == bundle.predict(images)
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_predicting_with_a_file_that_is_not_the_artifact(copy: Path, tiny: Tiny, content: bytes | None) -> None:
+    model = open_bundle(copy).artifact("onnx").path
+    size = model.stat().st_size
+    if content is None:
+        model.unlink()
+    else:
+        model.write_bytes(content)
+    with pytest.raises(CheckFailed, match=rf"model\.int8\.onnx has {len(content or b'')} bytes, expected {size}; get the bundle again"):
+        open_bundle(copy).predict([tiny.image("red")])
+
+
 def test_truncated_zip(bundle: Bundle, tmp_path: Path) -> None:
     file = zipped(bundle.root, tmp_path / "bundle.zip")
     file.write_bytes(file.read_bytes()[:-5000])

@@ -1,6 +1,8 @@
 """Starting: nothing heavy is loaded, help teaches, bad usage is exit 2; recipes and doctor."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,65 @@ def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
         main(argv)
     assert ended.value.code == 2
     assert "usage: gcvit-edge" in capsys.readouterr().err
+
+
+# signals
+
+
+def test_the_second_signal_does_not_end_the_cleaning_up(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned = []
+
+    def interrupted(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    monkeypatch.setattr("gcvit_edge.cli.recipes.run", interrupted)
+    assert command("recipes", "list").code == 130
+    assert cleaned == [True]
+
+
+def test_a_hangup_that_is_ignored_stays_so(command: Command) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert command("recipes", "list").code == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# output that cannot be written
+
+PRINTING = [["recipes", "show", "int8_ptq"], ["recipes", "list", "--json"], ["benchmark", "--schema"]]
+
+
+@pytest.mark.parametrize("argv", PRINTING)
+def test_a_reader_that_has_gone_is_exit_141(argv: list[str], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = gcvit(*argv, cwd=tmp_path, stdout=writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+    assert gcvit("recipes", "show", "none", cwd=tmp_path, stderr=writer).returncode == 141
+    os.close(writer)
+
+
+@pytest.mark.parametrize("argv", PRINTING)
+def test_a_full_disk_is_exit_4(argv: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = gcvit(*argv, cwd=tmp_path, stdout=full)
+        assert ended.stderr.startswith("error: No space left on device; make room for the output, or for temporary files in ")
+        assert (ended.returncode, ended.stderr.count("\n")) == (4, 1)
+        assert gcvit("recipes", "show", "none", cwd=tmp_path, stderr=full).returncode == 4
+
+
+def test_a_full_disk_is_no_internal_error(command: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gcvit_edge.cli.recipes.run", full)
+    with pytest.raises(OSError, match="No space left"):  # of which the entry point makes an exit code
+        command("recipes", "list")
+    assert capfd.readouterr().err == ""
 
 
 # recipes

@@ -321,6 +321,18 @@ def test_hub(tiny_model, tmp_path, monkeypatch, name):
     assert info.origin == Origin(source="hf-hub:timm/gcvit_mine.in1k", layout="timm", licence=NVLABS_LICENCE)
 
 
+@pytest.mark.parametrize("changes", [{"interpolation": "lanczos"}, {"mean": [0.5]}, {"std": [0.3, 0.2, 0.0]}, {"input_size": 224}])
+def test_hub_with_preprocessing_that_cannot_be_done(tiny_model, tmp_path, monkeypatch, changes):
+    folder = hub_folder(
+        tmp_path, tiny_model, "model.safetensors", TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | changes}
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    with pytest.raises(
+        UserError, match=r"config\.json: its preprocessing \(pretrained_cfg\) cannot be used: .*; give --preprocessing FILE"
+    ):
+        read_checkpoint("hf-hub:timm/gcvit_mine.in1k")
+
+
 def test_hub_of_somebody_else(tiny_model, tmp_path, monkeypatch):
     folder = hub_folder(tmp_path, tiny_model, "model.safetensors", None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))

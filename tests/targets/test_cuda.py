@@ -1,8 +1,14 @@
 """The GPU target on a machine without one: the refusal, and the same code on the CPU, all but CUDA graphs."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from target_contract import BRIEF
@@ -11,9 +17,12 @@ from gcvit_edge import export_float, load_model
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.measurement.timing import time_sessions
+from gcvit_edge.progress import Steps
 from gcvit_edge.targets import Case, cuda
-from gcvit_edge.targets._cuda_worker import quantize_linears
+from gcvit_edge.targets._cuda_worker import load_onnx, quantize_linears
 
 without_gpu = pytest.mark.skipif(cuda.missing() is None, reason="this machine has a GPU")
 
@@ -53,6 +62,36 @@ def test_ways_of_pytorch(bundle: Bundle, weights: Path) -> None:
     assert cases(bundle, weights, "float32")[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 80
     assert found[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 25
     assert found[-1].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 20
+
+
+def test_torchao_is_a_way_where_it_is_installed(bundle: Bundle, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [case.artifact.precision for case in cases(bundle, weights, "float32")] == ["float"] * 4 + ["int8"]
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert [case.artifact.precision for case in cases(bundle, weights, "float32")] == ["float"] * 4
+    with pytest.raises(
+        UserError, match="way int8 needs the package torchao, which is not installed; install it, or leave int8 out of --ways"
+    ):
+        cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="eager,int8"))
+
+
+def test_ways_that_are_chosen(bundle: Bundle, weights: Path) -> None:
+    found = cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="compiled-graphs, eager"))
+    assert [case.execution for case in found] == ["compiled, CUDA graphs, float32", "eager, float32"]
+    with pytest.raises(UserError, match="unknown way to run PyTorch 'graph'; did you mean 'graphs'"):
+        cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="eager,graph"))
+
+
+def test_a_way_that_does_not_run_leaves_the_others_their_results(bundle: Bundle, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def on_the_cpu(address: str, options: cuda.Options) -> Iterator[cuda.Gpu]:
+        yield cuda.Gpu("cpu")  # which has no CUDA graphs
+
+    monkeypatch.setattr(cuda, "connect", on_the_cpu)
+    device = Device("cuda", "cuda", "", cuda.Options(weights, ways="graphs,eager"), 1)
+    (run,) = benchmark_bundle(bundle, [device], BRIEF, Steps()).runs
+    assert [result.execution for result in run.results] == ["eager, float32"]
+    assert (run.error or "").startswith("pytorch.float (CUDA graphs, float32): one_block.safetensors does not run in pytorch")
+    assert (run.error or "").endswith("\nto do without it, give --ways without graphs")
 
 
 def test_an_int8_golden_lowers_the_floor(bundle: Bundle, weights: Path) -> None:
@@ -111,6 +150,14 @@ def test_linears_that_cublas_cannot_run_stay_in_float(weights: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_cannot_be_compiled_is_not_loaded(bundle: Bundle, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with pytest.raises(CheckFailed, match=r"(?s)does not run in pytorch.*to do without it, give --ways without compiled$"):
+        cuda.Gpu("cpu").open(cases(bundle, weights, "float32")[1], 1, pinned=False)
+
+
+@pytest.mark.slow
 def test_compiled(bundle: Bundle, weights: Path) -> None:
     case = cases(bundle, weights, "float32")[1]
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
@@ -123,6 +170,21 @@ def test_artifacts(backend: str, two_backends: Bundle) -> None:
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
         assert session.runtime == {"onnx": "onnxruntime"}.get(backend, backend)
         assert case.check(session.infer(two_backends.golden_input(), lambda: None), two_backends).passed
+
+
+def test_cuda_of_pip_is_loaded_before_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def session(*_: Any, **__: Any) -> Any:
+        done.append("session")
+        return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider"], get_inputs=lambda: [SimpleNamespace(name="image")])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: done.append("libraries"))
+    load_onnx("model.onnx", "cuda:0", 1)
+    assert done == ["libraries", "session"]
+    monkeypatch.delattr(onnxruntime, "preload_dlls")  # before 1.21
+    load_onnx("model.onnx", "cuda:0", 1)
 
 
 def test_a_wrong_checkpoint_is_told(bundle: Bundle, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from target_contract import BRIEF
 
 import gcvit_edge.targets
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.devices import find_devices
-from gcvit_edge.measurement.measure import benchmark_bundle
+from gcvit_edge.measurement.measure import benchmark_bundle, evaluate_bundle
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import benchmark_table, machine_lines
 
@@ -40,11 +42,25 @@ HELP = "runs openvino"
 def cases(artifacts, options):
     return []
 """
+PARTLY = """
+from dataclasses import replace
+from pathlib import Path
+
+from gcvit_edge.targets import Case
+from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, connect, missing
+
+HELP = "this machine, without the file of one of two"
+
+
+def cases(artifacts, options):
+    gone = replace(artifacts[0], path=Path("gone.onnx"))
+    return [Case(artifacts[0], "there"), Case(gone, "gone")]
+"""
 
 
 @pytest.fixture(autouse=True)
 def more_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY}
+    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY, "partly": PARTLY}
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(gcvit_edge.targets, "__path__", [*gcvit_edge.targets.__path__, str(tmp_path)])
@@ -67,6 +83,23 @@ def test_a_device_that_fails_does_not_end_the_others(bundle: Bundle) -> None:
     assert benchmark_table(report).row_count == 3
     assert machine_lines(report)[0].startswith("emulated: ")
     assert machine_lines(report)[0].endswith("; 1 thread; emulated: no times")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_does_not_run_leaves_the_others_their_results(together: bool, bundle: Bundle) -> None:
+    (run,) = benchmark_bundle(bundle, find_devices(["partly"], None, 1, {}), replace(BRIEF, together=together), Steps()).runs
+    assert [(result.execution, result.latency is not None) for result in run.results] == [("there", True)]
+    assert run.error is not None
+    assert run.error.startswith("onnx.float (gone): gone.onnx does not run in onnx")
+
+
+def test_evaluated_is_what_runs(bundle: Bundle, tmp_path: Path) -> None:
+    for name in bundle.info.labels.folders:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "black.png")
+    (run,) = evaluate_bundle(bundle, find_devices(["partly"], None, 1, {}), tmp_path, Steps()).runs
+    assert [result.execution for result in run.results] == ["there"]
+    assert (run.error or "").startswith("onnx.float (gone): gone.onnx does not run in onnx")
 
 
 @pytest.mark.parametrize(("name", "message"), [("absent", "switch it on"), ("picky", "picky runs nothing of onnx.float; picky: runs")])

@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,8 +17,10 @@ import pytest
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Pixels
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.targets import local
-from gcvit_edge.targets.local import Session, run_artifacts, spread_cpus
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.measure import _evaluate, _Site
+from gcvit_edge.targets import Case, Hold, local, side_by_side
+from gcvit_edge.targets.local import Local, Options, Session, run_artifacts, spread_cpus
 
 
 def test_pinned_to_as_many_cpus_as_threads(bundle: Bundle) -> None:
@@ -70,6 +77,63 @@ def test_images_are_divided_among_cpus(bundle: Bundle, tmp_path: Path, monkeypat
         for logits in run_artifacts([artifact, artifact], pixels, preprocessing, lambda: done.append(None)):
             np.testing.assert_array_equal(logits, expected)
     assert len(done) == 2 * 2 * 7
+
+
+def run_shares(bundle: Bundle, pixels: Pixels, advance: Callable[[], object]) -> None:
+    run_artifacts([bundle.artifact("onnx")], pixels, bundle.info.preprocessing, advance)
+
+
+def evaluate_twice(bundle: Bundle, pixels: Pixels, advance: Callable[[], object]) -> None:
+    site = _Site(Device("local", "local", "", Options(), 1), Local(), 1, emulated=False)
+    _evaluate(bundle, site, [Case(bundle.artifact("onnx"), "cpu")] * 2, pixels, np.zeros(len(pixels.kept), np.int64), advance)
+
+
+@pytest.mark.parametrize("work", [run_shares, evaluate_twice])
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_an_interruption_ends_what_runs(
+    work: Callable[..., None], cpus: int, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, done = 3000, []
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(local, "default_threads", lambda: cpus)
+    np.save(tmp_path / "pixels.npy", np.zeros((count, *bundle.info.preprocessing.size, 3), np.uint8))
+
+    def advance() -> None:
+        done.append(None)
+        if len(done) == 5:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        work(bundle, Pixels(tmp_path / "pixels.npy", np.arange(count), ()), advance)
+    assert len(done) < count / 2
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_is_loaded_too_late_is_closed_unused() -> None:
+    closed, used, loading = [], [], threading.Event()
+
+    class Late:
+        def close(self) -> None:
+            closed.append(self)
+
+    def work(job: str, hold: Hold) -> None:
+        if job == "fails":
+            loading.wait(10)
+            raise CheckFailed("it fails")
+        loading.set()
+        time.sleep(0.3)
+        with hold(cast(Any, Late())):
+            used.append(job)
+
+    with pytest.raises(CheckFailed, match="it fails"):
+        side_by_side(work, ["fails", "late"], 2)
+    assert (len(closed), used) == (1, [])
+
+
+def test_one_at_a_time_needs_no_thread() -> None:
+    main = threading.main_thread()
+    assert side_by_side(lambda job, _: (job, threading.current_thread()), [1, 2], 1) == [(1, main), (2, main)]
 
 
 def test_a_process_that_dies_says_why(bundle: Bundle) -> None:

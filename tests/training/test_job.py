@@ -271,6 +271,11 @@ def test_bad_outputs_are_refused(tiny: Tiny, tmp_path: Path) -> None:
         job(tiny, tmp_path / "a.safetensors")
 
 
+def test_training_images_do_not_evaluate(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the training and the evaluation images are both .*; give other images to one of them"):
+        job(tiny, tmp_path / "a.safetensors", eval=tiny.calib)
+
+
 def test_one_class_is_nothing_to_learn(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.calib / "red", tmp_path / "data" / "red")
     with pytest.raises(UserError, match="has images of 1 class; training needs at least two class folders"):

@@ -1,5 +1,9 @@
 """The loop: it learns, from labels and from a teacher; it resumes bit for bit; batches may be split."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +66,21 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     assert_same(parted.state_dict(), whole.state_dict())
     assert [(e.loss, e.accuracy) for e in parted_history] == [(e.loss, e.accuracy) for e in history]
     assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == ["parted"]
+
+
+def test_processes_wait_for_hours_while_one_reads_all_images() -> None:
+    code = (
+        "import torch.distributed as d; from gcvit_edge.training.loop import make_accelerator; make_accelerator('cpu');"
+        "print(d.distributed_c10d._get_default_group()._get_backend(d.distributed_c10d._get_pg_default_device()).options._timeout.total_seconds())"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 6 * 3600
 
 
 def test_other_seeds_give_other_weights(small_model: Maker, run: Runner) -> None:
