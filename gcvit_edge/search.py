@@ -90,7 +90,7 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
     recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
     key = digest([
         name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())),
-        *identity(calibrated.network), *identity(calibrated.to_round()),
+        *identity(calibrated.network, calibrated.fitted),
         *(image.tobytes() for image in images),
     ])  # fmt: skip
     return Measurements(cache_file(key))

@@ -180,7 +180,9 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CheckFailed(f"{name} is missing from the bundle; get the bundle again") from error
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise CheckFailed(f"{name} of the bundle cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
         raise CheckFailed(f"{name} of the bundle is damaged; get the bundle again (out of Git: with git lfs pull)") from error
 
 

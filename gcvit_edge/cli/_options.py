@@ -119,7 +119,8 @@ def report_error(report: "Report") -> "CheckFailed | None":
     """What a report of devices makes the command end with: wrong answers first, then devices that failed."""
     from gcvit_edge.errors import CheckFailed, WrongAnswer
 
-    if report.wrong:
-        return WrongAnswer(f"logits other than the golden ones: {', '.join(report.wrong)}; the runtime there computes the artifact wrongly")
     failed = [f"{run.device}: {run.error}" for run in report.runs if run.error]
+    if report.wrong:
+        wrong = f"logits other than the golden ones: {', '.join(report.wrong)}; the runtime there computes the artifact wrongly"
+        return WrongAnswer("\n".join([wrong, *failed]))
     return CheckFailed("\n".join(failed)) if failed else None

@@ -126,21 +126,32 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
 def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: Advance) -> list[Result]:
     """Times the cases together, in turns; without those that cannot be loaded."""
     image = bundle.golden_input()[:1]
+    results: list[Result] = []
     with ExitStack() as stack:
         loaded: list[tuple[Case, Session]] = []
         for case in cases:
             with site.noted(case):
                 loaded.append((case, stack.enter_context(site.connection.open(case, site.threads, pinned=True))))
         if site.emulated:
-            return [
-                _result(bundle, site, case, session, site.threads).model_copy(update={"counts": session.counts(image)})
-                for case, session in loaded
-            ]
-        timings = time_sessions([session for _, session in loaded], image, site.threads, mode, advance)
-        return [
-            _result(bundle, site, case, session, site.threads).model_copy(update=_timed(timing, mode))
-            for (case, session), timing in zip(loaded, timings, strict=True)
-        ]
+            for case, session in loaded:
+                with site.noted(case):
+                    result = _result(bundle, site, case, session, site.threads)
+                    results.append(result.model_copy(update={"counts": session.counts(image)}))
+            return results
+        try:
+            timings = time_sessions([session for _, session in loaded], image, site.threads, mode, advance)
+        except CheckFailed:
+            if len(loaded) == 1:
+                raise
+        else:
+            for (case, session), timing in zip(loaded, timings, strict=True):
+                with site.noted(case):
+                    results.append(_result(bundle, site, case, session, site.threads).model_copy(update=_timed(timing, mode)))
+            return results
+    for case, _ in loaded:  # one of them failed: each alone, which shows whose failure it was
+        with site.noted(case):
+            results += _time(bundle, site, [case], mode, advance)
+    return results
 
 
 def _timed(timing: Timing, mode: Mode) -> dict[str, Any]:

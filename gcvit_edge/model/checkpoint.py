@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,16 @@ class Checkpoint:
     origin: Origin
     name: str | None = None
     labels: Labels | None = None
-    preprocessing: Preprocessing | None = None
+    find_preprocessing: Callable[[], Preprocessing | None] = lambda: None
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """Looked at when it is asked for, so that another can be given in its place.
+
+        Raises:
+            UserError: the hub's is none that `Preprocessing` can do.
+        """
+        return self.find_preprocessing()
 
 
 def read_checkpoint(source: str) -> Checkpoint:
@@ -61,15 +71,17 @@ def read_checkpoint(source: str) -> Checkpoint:
             config = read_config(info.config)
         except (ValidationError, TypeError) as error:
             raise UserError(f"the metadata of checkpoint {source} is damaged ({str(error).splitlines()[0]}); convert it again") from error
-        return Checkpoint(state, config, info.origin, info.name, info.labels, info.preprocessing)
+        return Checkpoint(state, config, info.origin, info.name, info.labels, lambda: info.preprocessing)
     config = infer_config(state, source)
     layout = "nvlabs" if nvlabs else "timm"
     derived = nvlabs or source.startswith(f"{HUB_PREFIX}timm/")
     origin = Origin(
         source=Path(source).name if path == Path(source) else source, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE
     )
-    labels, preprocessing = _hub_config(path.parent) if side else (None, None)
-    return Checkpoint(state, config, origin, None, labels, preprocessing)
+    if not side:
+        return Checkpoint(state, config, origin)
+    labels, timm = _hub_config(path.parent)
+    return Checkpoint(state, config, origin, None, labels, lambda: _hub_preprocessing(timm, source))
 
 
 def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) -> None:
@@ -259,22 +271,25 @@ def _download(source: str) -> Path:
     return found[0]
 
 
-def _hub_config(folder: Path) -> tuple[Labels | None, Preprocessing | None]:
-    """Labels and preprocessing of timm's config.json, where a hub repository has one."""
+def _hub_config(folder: Path) -> tuple[Labels | None, dict[str, Any]]:
+    """Labels and `pretrained_cfg` of timm's config.json, where a hub repository has one."""
     path = folder / "config.json"
     if not path.is_file():
-        return None, None
+        return None, {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}; download it again") from error
-    labels = Labels.of(config["label_names"]) if "label_names" in config else None
-    timm = config.get("pretrained_cfg", {})
+    return Labels.of(config["label_names"]) if "label_names" in config else None, config.get("pretrained_cfg", {})
+
+
+def _hub_preprocessing(timm: dict[str, Any], source: str) -> Preprocessing | None:
+    """What timm's `pretrained_cfg` says, if it does."""
     if "input_size" not in timm:
-        return labels, None
+        return None
     try:
         size = tuple(timm["input_size"][1:])
-        return labels, Preprocessing(
+        return Preprocessing(
             size=size,
             resize=int(min(size) / timm.get("crop_pct", 0.875)),
             mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
@@ -284,4 +299,4 @@ def _hub_config(folder: Path) -> tuple[Labels | None, Preprocessing | None]:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # pydantic's are ValueErrors
         problem = " ".join(str(error).split())
-        raise UserError(f"{path}: its preprocessing (pretrained_cfg) cannot be used: {problem}; give --preprocessing FILE") from error
+        raise UserError(f"the preprocessing that {source} asks for cannot be done: {problem}; give --preprocessing FILE") from error

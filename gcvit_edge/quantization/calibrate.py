@@ -35,7 +35,9 @@ class Calibrated:
     fitted: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_round(self, keep: Collection[str] = ()) -> nn.Module:
-        """The network with what was fitted in all layers but those of `keep`."""
+        """The network, not to be changed, with what was fitted in all layers but those of `keep`."""
+        if not self.fitted:
+            return self.network
         network = copy.deepcopy(self.network)
         with torch.no_grad():
             for name, value in self.fitted.items():
@@ -63,7 +65,7 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence
         reconstruct(rounded, images, lambda name: small(name, rounded.get_submodule(name).in_features))  # type: ignore[arg-type]
     if recipe.bias_correction:
         correct_biases(rounded, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
-    fitted = {name: value for name, value in rounded.named_parameters() if not torch.equal(value, network.get_parameter(name))}
+    fitted = {name: value.data for name, value in rounded.named_parameters() if not torch.equal(value, network.get_parameter(name))}
     places = None if runtimes is None else places_with_ranges(network, runtimes, recipe.precision)
     ranges = observe(rounded, images, recipe.calibration.ranges, places)
     if recipe.calibration.unit_softmax:

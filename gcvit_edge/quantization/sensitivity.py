@@ -4,7 +4,7 @@ Measured without labels or gradients, as the SQNR of the logits. All layers of a
 computed before it, so a layer costs the rest of a forward pass, not a whole one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -114,10 +114,10 @@ def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, in
     return {name: counted[name] for name in names}
 
 
-def identity(network: nn.Module) -> Iterator[bytes | str]:
-    """What a network is, for `cache.digest`: names, types and contents."""
+def identity(network: nn.Module, fitted: Mapping[str, Tensor]) -> Iterator[bytes | str]:
+    """What a network and what was fitted to its rounding are, for `cache.digest`: names, types and contents."""
     for name, module in network.named_modules():
         yield f"{name} {type(module).__name__}"
-    for name, tensor in network.state_dict().items():
+    for name, tensor in [*network.state_dict().items(), *fitted.items()]:
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         yield tensor.contiguous().view(torch.uint8).numpy().tobytes()

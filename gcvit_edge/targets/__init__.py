@@ -8,7 +8,7 @@ of every target to make its flags.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event
@@ -187,7 +187,10 @@ def side_by_side(work: Callable[[Job, Hold], Answer], jobs: Sequence[Job], at_on
 
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            return list(pool.map(lambda job: work(job, hold), jobs))
+            answers = [pool.submit(work, job, hold) for job in jobs]
+            for done in wait(answers, return_when=FIRST_EXCEPTION).done:
+                done.result()  # raises what failed first, while others still run
+            return [answer.result() for answer in answers]
         except BaseException:
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -69,11 +69,12 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
 
     if options.arithmetic not in _ARITHMETIC:
         raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
-    ways = options.ways.replace(" ", "").split(",") if options.ways else _possible_ways()
+    possible = _possible_ways()
+    ways = options.ways.replace(" ", "").split(",") if options.ways else possible
     for way in ways:
         if way not in _WAYS:
             raise unknown_name("way to run PyTorch", way, _WAYS)
-        if way not in _possible_ways():
+        if way not in possible:
             raise UserError(f"way {way} needs the package torchao, which is not installed; install it, or leave {way} out of --ways")
     if options.weights is None:
         return []

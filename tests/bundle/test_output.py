@@ -90,13 +90,14 @@ def test_empty_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path) -> None:
 def test_the_current_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    for force in (False, True):
-        (tmp_path / "out" / "stale.txt").write_text("of the old bundle") if force else None
-        assert quantize(tiny, Path("."), force=force).verify()
-        assert listing(Path(".")) == listing(tmp_path / "out") == FILES
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert quantize(tiny, Path(".")).verify()
+    assert listing(Path(".")) == listing(tmp_path / "out") == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match="out exists and holds a bundle"):
         quantize(tiny, Path("."))
+    with pytest.raises(UserError, match="out holds a bundle and is the current folder or mounted, so it cannot be replaced"):
+        quantize(tiny, Path("."), force=True)
+    assert open_bundle(Path(".")).verify()
 
 
 @pytest.mark.usefixtures("quick")
@@ -105,9 +106,10 @@ def test_a_mounted_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "out"], capture_output=True)
     need(mounted.returncode == 0, "the right to mount a tmpfs")
     try:
-        for force in (False, True):
-            assert quantize(tiny, tmp_path / "out", force=force).verify()
-            assert listing(tmp_path) == [f"out/{name}" for name in FILES]
+        assert quantize(tiny, tmp_path / "out").verify()
+        with pytest.raises(UserError, match="current folder or mounted, so it cannot be replaced"):
+            quantize(tiny, tmp_path / "out", force=True)
+        assert listing(tmp_path) == [f"out/{name}" for name in FILES]
     finally:
         subprocess.run(["umount", tmp_path / "out"], check=True)
 
@@ -203,7 +205,7 @@ def test_a_failure_at_the_last_moment_changes_nothing(place: str, copy: Path, tm
     new = Path(shutil.copytree(copy, tmp_path / "to come"))
     (new / "labels.txt").write_text("of the new bundle")
     before, rename = {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)}, Path.rename
-    for failing in range({"folder": 2 * len(os.listdir(copy)), "zip": 2, "empty": len(os.listdir(copy))}[place]):
+    for failing in range(len(os.listdir(copy)) if place == "empty" else 2):
         count = itertools.count()
 
         def counted(self: Path, target: Path, count: Iterator[int] = count, failing: int = failing) -> Path:
@@ -217,3 +219,19 @@ def test_a_failure_at_the_last_moment_changes_nothing(place: str, copy: Path, tm
         with pytest.raises(OSError, match="disk is gone"), staged_bundle(output, force=True) as stage:
             shutil.copytree(new, stage, dirs_exist_ok=True)
         assert {name: (tmp_path / name).read_bytes() for name in listing(tmp_path)} == before
+
+
+def test_what_cannot_be_put_back_is_kept(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", broken)
+        return rename(self, target)
+
+    def broken(self: Path, target: Path) -> Path:
+        raise OSError("disk is gone")
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(OSError, match="disk is gone"), staged_bundle(copy, force=True) as stage:
+        (stage / "labels.txt").write_text("of the new bundle")
+    (left,) = copy.parent.glob(".copy.partial-*/old")
+    assert open_bundle(left).verify()

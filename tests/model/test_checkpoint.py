@@ -288,6 +288,7 @@ def hub_folder(tmp_path, model, name, config):
     return folder
 
 
+HUB = "hf-hub:timm/gcvit_mine.in1k"
 TIMM_CONFIG = {
     "architecture": "gcvit_xxtiny",
     "num_classes": 8,
@@ -327,10 +328,11 @@ def test_hub_with_preprocessing_that_cannot_be_done(tiny_model, tmp_path, monkey
         tmp_path, tiny_model, "model.safetensors", TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | changes}
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
-    with pytest.raises(
-        UserError, match=r"config\.json: its preprocessing \(pretrained_cfg\) cannot be used: .*; give --preprocessing FILE"
-    ):
-        read_checkpoint("hf-hub:timm/gcvit_mine.in1k")
+    with pytest.raises(UserError, match=f"the preprocessing that {HUB} asks for cannot be done: .*; give --preprocessing FILE"):
+        load_model(HUB)
+    assert create_model(**SHAPE, num_classes=8, weights=HUB).head is not None
+    mine = Preprocessing(size=(64, 64))
+    assert load_model(HUB, preprocessing=mine)[1].preprocessing == mine
 
 
 def test_hub_of_somebody_else(tiny_model, tmp_path, monkeypatch):

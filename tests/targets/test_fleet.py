@@ -11,14 +11,16 @@ from target_contract import BRIEF
 
 import gcvit_edge.targets
 from gcvit_edge.bundle import Bundle
-from gcvit_edge.errors import UserError
+from gcvit_edge.cli._options import report_error
+from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
 from gcvit_edge.measurement.devices import find_devices
 from gcvit_edge.measurement.measure import benchmark_bundle, evaluate_bundle
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import benchmark_table, machine_lines
 
 ABSENT = """
-from gcvit_edge.errors import UserError
+from gcvit_edge.cli._options import report_error
+from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
 from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Options, cases, missing
 
 HELP = "a device that is off"
@@ -57,10 +59,36 @@ def cases(artifacts, options):
     return [Case(artifacts[0], "there"), Case(gone, "gone")]
 """
 
+DYING = """
+from contextlib import contextmanager
+
+from gcvit_edge.targets import Case
+from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Local, Options, missing
+
+HELP = "this machine, where one of two is killed as soon as it is loaded"
+
+
+def cases(artifacts, options):
+    return [Case(artifacts[0], "there"), Case(artifacts[0], "dies")]
+
+
+class Deadly(Local):
+    def open(self, case, threads, *, pinned):
+        session = super().open(case, threads, pinned=pinned)
+        if case.execution == "dies":
+            session._process.kill()
+        return session
+
+
+@contextmanager
+def connect(address, options):
+    yield Deadly()
+"""
+
 
 @pytest.fixture(autouse=True)
 def more_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY, "partly": PARTLY}
+    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY, "partly": PARTLY, "dying": DYING}
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(gcvit_edge.targets, "__path__", [*gcvit_edge.targets.__path__, str(tmp_path)])
@@ -91,6 +119,25 @@ def test_what_does_not_run_leaves_the_others_their_results(together: bool, bundl
     assert [(result.execution, result.latency is not None) for result in run.results] == [("there", True)]
     assert run.error is not None
     assert run.error.startswith("onnx.float (gone): gone.onnx does not run in onnx")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_ends_while_it_is_timed_leaves_the_others_their_results(together: bool, bundle: Bundle) -> None:
+    (run,) = benchmark_bundle(bundle, find_devices(["dying"], None, 1, {}), replace(BRIEF, together=together), Steps()).runs
+    assert [(result.execution, result.latency is not None) for result in run.results] == [("there", True)]
+    assert (run.error or "").startswith("onnx.float (dies): ")
+    assert "(there)" not in (run.error or "")
+
+
+def test_wrong_answers_do_not_hide_what_failed(bundle: Bundle) -> None:
+    report = benchmark_bundle(bundle, find_devices(["partly"], None, 1, {}), BRIEF, Steps())
+    assert isinstance(report_error(report), CheckFailed)
+    (run,) = report.runs
+    wrong = run.results[0].model_copy(update={"parity": run.results[0].parity.model_copy(update={"passed": False})})
+    error = report_error(report.model_copy(update={"runs": (run.model_copy(update={"results": (wrong,)}),)}))
+    assert isinstance(error, WrongAnswer)
+    assert "logits other than the golden ones" in str(error)
+    assert "gone.onnx does not run in onnx" in str(error)
 
 
 def test_evaluated_is_what_runs(bundle: Bundle, tmp_path: Path) -> None:

@@ -131,6 +131,20 @@ def test_what_is_loaded_too_late_is_closed_unused() -> None:
     assert (len(closed), used) == (1, [])
 
 
+def test_what_fails_first_ends_all_that_is_queued() -> None:
+    started = []
+
+    def work(job: int, hold: Hold) -> None:
+        started.append(job)
+        if job == 1:
+            raise CheckFailed("it fails")
+        time.sleep(0.5)
+
+    with pytest.raises(CheckFailed, match="it fails"):
+        side_by_side(work, range(8), 2)
+    assert len(started) <= 4
+
+
 def test_one_at_a_time_needs_no_thread() -> None:
     main = threading.main_thread()
     assert side_by_side(lambda job, _: (job, threading.current_thread()), [1, 2], 1) == [(1, main), (2, main)]
