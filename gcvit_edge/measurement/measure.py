@@ -32,13 +32,17 @@ class _Site:
     emulated: bool
     failures: list[str] = field(default_factory=list)
 
+    def note(self, case: Case, error: CheckFailed) -> None:
+        """A case does not run."""
+        self.failures.append(f"{case.name}: {error}")
+
     @contextmanager
-    def noted(self, *cases: Case) -> Iterator[None]:
-        """What fails inside is the failure of these cases, and ends nothing else."""
+    def noted(self, case: Case) -> Iterator[None]:
+        """What fails inside is the failure of this case, and ends nothing else."""
         try:
             yield
         except CheckFailed as error:
-            self.failures.append(f"{', '.join(case.name for case in cases)}: {error}")
+            self.note(case, error)
 
 
 def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None) -> Report:
@@ -53,12 +57,8 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
         groups = [cases] if mode.together and not site.emulated else [[case] for case in cases]
-        results: list[Result] = []
         with steps.step(f"{site.device.name}: time", mode.turns * len(cases)) as advance:
-            for group in groups:
-                with site.noted(*group):
-                    results += _time(bundle, site, group, mode, advance)
-        return results
+            return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
 
     artifacts = _artifacts(bundle, backends)
     return _report(bundle, mode.name, [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices])
@@ -140,18 +140,17 @@ def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: A
             return results
         try:
             timings = time_sessions([session for _, session in loaded], image, site.threads, mode, advance)
-        except CheckFailed:
+        except CheckFailed as error:
             if len(loaded) == 1:
-                raise
+                site.note(loaded[0][0], error)
+                return []
         else:
             for (case, session), timing in zip(loaded, timings, strict=True):
                 with site.noted(case):
                     results.append(_result(bundle, site, case, session, site.threads).model_copy(update=_timed(timing, mode)))
             return results
-    for case, _ in loaded:  # one of them failed: each alone, which shows whose failure it was
-        with site.noted(case):
-            results += _time(bundle, site, [case], mode, advance)
-    return results
+    # one of them failed: each alone, which shows whose failure it was
+    return [result for case, _ in loaded for result in _time(bundle, site, [case], mode, advance)]
 
 
 def _timed(timing: Timing, mode: Mode) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from PIL import Image
 from target_contract import BRIEF
 
 import gcvit_edge.targets
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli._options import report_error
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
@@ -17,6 +18,7 @@ from gcvit_edge.measurement.devices import find_devices
 from gcvit_edge.measurement.measure import benchmark_bundle, evaluate_bundle
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import benchmark_table, machine_lines
+from gcvit_edge.targets import Case, load_target
 
 ABSENT = """
 from gcvit_edge.cli._options import report_error
@@ -127,6 +129,16 @@ def test_what_ends_while_it_is_timed_leaves_the_others_their_results(together: b
     assert [(result.execution, result.latency is not None) for result in run.results] == [("there", True)]
     assert (run.error or "").startswith("onnx.float (dies): ")
     assert "(there)" not in (run.error or "")
+
+
+def test_each_failure_is_of_its_own_case(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(artifacts: list[Artifact], options: object) -> list[Case]:
+        return [Case(replace(artifacts[0], path=Path("gone.onnx")), "gone"), Case(artifacts[0], "dies")]
+
+    monkeypatch.setattr(load_target("dying"), "cases", cases)
+    with pytest.raises(CheckFailed) as caught:
+        benchmark_bundle(bundle, find_devices(["dying"], None, 1, {}), replace(BRIEF, together=True), Steps())
+    assert [str(caught.value).count(name) for name in ("onnx.float (gone): ", "onnx.float (dies): ", "(gone), ")] == [1, 1, 0]
 
 
 def test_wrong_answers_do_not_hide_what_failed(bundle: Bundle) -> None:
