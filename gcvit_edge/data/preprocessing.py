@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from gcvit_edge.errors import UserError
-from gcvit_edge.schema import read_json
+from gcvit_edge.schema import Section, read_json, validate
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,7 +22,7 @@ _KNOWN = ("do_center_crop", "do_convert_rgb")
 _OF_CHANNELS = Field(min_length=3, max_length=3)
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(Section):
     """From an image file to the network's input.
 
     In this order: EXIF orientation, RGB, resize with antialiasing as Pillow does it (the shorter side to `resize` pixels, the
@@ -30,8 +30,6 @@ class Preprocessing(BaseModel):
     rounded down, division by 255, normalisation by channel. torchvision truncates the longer side and rounds the offset: its
     crop lies up to a pixel elsewhere, which moves logits of photographs by some tenths, but no accuracy.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     size: tuple[PositiveInt, PositiveInt] = (224, 224)
     resize: PositiveInt = 256
@@ -99,33 +97,31 @@ def read_preprocessing(path: Path) -> Preprocessing:
     """
     data = read_json(path, "preprocessor_config.json")
     try:
-        beyond = _beyond(data)
-        if not beyond:
-            return _from_huggingface(data)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path} cannot be used: {where}: got {problem['input']!r}; {problem['msg']}") from error
+        resize, crop = _sizes(data)
+        beyond = _beyond(data, resize, crop)
+        fields = {} if beyond else _from_huggingface(data, resize, crop)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a preprocessor_config.json that can be used: {error!r} is missing or wrong") from error
-    raise UserError(
-        f"{path} asks for {', '.join(beyond)}, which this preprocessing cannot do; it resizes the shorter side and crops the centre, or "
-        "resizes straight to the input, then divides by 255 and normalises; give a file that asks for that"
-    )
+    if beyond:
+        raise UserError(
+            f"{path} asks for {', '.join(beyond)}, which this preprocessing cannot do; it resizes the shorter side and crops the centre, "
+            "or resizes straight to the input, then divides by 255 and normalises; give a file that asks for that"
+        )
+    return validate(Preprocessing, fields, str(path))
 
 
-def _from_huggingface(data: dict[str, Any]) -> Preprocessing:
-    resize, crop = _sizes(data)
+def _from_huggingface(data: dict[str, Any], resize: dict[str, Any], crop: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Preprocessing`."""
     squash = "shortest_edge" not in resize
     size = resize if squash else crop
-    return Preprocessing(
-        size=(size["height"], size["width"]),
-        resize=min(size.values()) if squash else resize["shortest_edge"],
-        mode="squash" if squash else "shortest_edge",
-        interpolation=_INTERPOLATION[data.get("resample", 3)],  # type: ignore[arg-type]
-        mean=data["image_mean"],
-        std=data["image_std"],
-    )
+    return {
+        "size": (size["height"], size["width"]),
+        "resize": min(size.values()) if squash else resize["shortest_edge"],
+        "mode": "squash" if squash else "shortest_edge",
+        "interpolation": _INTERPOLATION[data.get("resample", 3)],
+        "mean": data["image_mean"],
+        "std": data["image_std"],
+    }
 
 
 def _sizes(data: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -139,7 +135,7 @@ def _sizes(data: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple({key: each[key] for key in each if each[key] is not None} for each in (size, crop))
 
 
-def _beyond(data: dict[str, Any]) -> list[str]:
+def _beyond(data: dict[str, Any], resize: dict[str, Any], crop: dict[str, Any]) -> list[str]:
     """What a preprocessor_config.json asks for that `Preprocessing` cannot do, in its words."""
     found = {key: data[key] for key in _ALWAYS if not data.get(key, True)}
     # padding, channels in another order, ...; crop_pct: how much larger than the crop some processors resize
@@ -148,7 +144,6 @@ def _beyond(data: dict[str, Any]) -> list[str]:
         found["rescale_factor"] = data["rescale_factor"]
     if data.get("resample", 3) not in _INTERPOLATION:
         found["resample"] = data["resample"]
-    resize, crop = _sizes(data)
     right = bool(crop) if set(resize) == {"shortest_edge"} else set(resize) == {"height", "width"} and crop in ({}, resize)
     if not right:
         found |= {key: data[key] for key in ("size", "do_center_crop", "crop_size") if key in data}
