@@ -54,8 +54,9 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
     with torch.no_grad():
         if "torchao" in steps:
             quantize_linears(model, example)
-        forward: Callable[[Tensor], Tensor] = torch.compile(model) if "compiled" in steps else model
+        forward: Callable[[Tensor], Tensor] = model
         if "compiled" in steps:
+            forward = torch.compile(model)
             forward(example)  # compiles it now: what cannot be compiled is not loaded, and does not fail among others that are timed
         if "CUDA graphs" in steps:
             forward = capture(forward, example)
