@@ -49,7 +49,7 @@ class Recipe(Section):
     centering: bool = Field(True, description="channels of keys and values around 0; see quantization/centering.py")
     smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
     equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
-    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of INT4 weights; adaptive: for least error of the outputs")
+    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of weights; adaptive: for least error of the outputs")
     bias_correction: bool = Field(False, description="the mean error of rounded weights goes into biases; adaptive rounding leaves none")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
     search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
@@ -59,8 +59,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if self.rounding == "adaptive" and (self.precision not in ("w4a8", "int4") or "linear" not in self.operators):
-            raise ValueError(f"`rounding: adaptive` is for linears in 4 bits (w4a8, int4), not for {self._contents()}; leave it out")
+        if self.rounding == "adaptive" and (self.precision in ("fp16", "bf16") or not {"linear", "conv"} & set(self.operators)):
+            raise ValueError(f"`rounding: adaptive` is for linears and convolutions in integers, not for {self._contents()}; leave it out")
         if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
             raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
         activations = sorted({"attention", "residual"} & set(self.operators))
@@ -78,6 +78,8 @@ class Recipe(Section):
             raise ValueError("`qat` trains every layer in INT8; leave out `keep_float` and `search`, or `qat`")
         if self.qat is not None and self.bias_correction:
             raise ValueError("`qat` trains biases too; leave out `bias_correction`, or `qat`")
+        if self.qat is not None and self.rounding == "adaptive":
+            raise ValueError("`qat` trains weights as they are rounded to the nearest; leave out `rounding: adaptive`, or `qat`")
         return self
 
     def _contents(self) -> str:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.quantization.centering import centre
 from gcvit_edge.quantization.equalization import equalize
-from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
-from gcvit_edge.quantization.scheme import Rounding, in_four_bits, places_with_ranges
+from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, weight_grids
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
@@ -57,14 +56,11 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence
     if recipe.equalization:
         equalize(network, images())
 
-    def small(name: str, channels: int) -> bool:
-        return in_four_bits(name, channels, recipe.precision)
-
-    rounded = copy.deepcopy(network)
+    rounded, grids = copy.deepcopy(network), weight_grids(network, recipe.operators, recipe.precision)
     if recipe.rounding == "adaptive":
-        reconstruct(rounded, images, lambda name: small(name, rounded.get_submodule(name).in_features))  # type: ignore[arg-type]
+        reconstruct(rounded, images, grids)
     if recipe.bias_correction:
-        correct_biases(rounded, images, lambda name, w: (GroupedWeight if small(name, w.shape[1]) else IntegerWeight)(w)())
+        correct_biases(rounded, images, grids)
     fitted = {name: value.data for name, value in rounded.named_parameters() if not torch.equal(value, network.get_parameter(name))}
     places = None if runtimes is None else places_with_ranges(network, runtimes, recipe.precision)
     ranges = observe(rounded, images, recipe.calibration.ranges, places)

@@ -48,6 +48,8 @@ class Affine:
 class IntegerWeight(nn.Module):
     """A weight (out, ...) as INT8 with one scale an output channel, symmetric; forward() is the weight in float."""
 
+    LIMITS = (-127, 127)
+
     values: Tensor
     scale: Tensor
     zero_point: Tensor
@@ -61,7 +63,15 @@ class IntegerWeight(nn.Module):
         self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int64))
 
     def forward(self) -> Tensor:
-        return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, -127, 127, torch.int8)
+        return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, *self.LIMITS, torch.int8)
+
+    def steps(self) -> Tensor:
+        """The scale of every weight, (out, in)."""
+        return self.scale[:, None].expand_as(self.values.flatten(1))
+
+    def fixed(self) -> Tensor:
+        """The weights that scales follow from, (out, in) bool: with them as they are, other values have the same scales."""
+        return self.values.flatten(1).abs() == 127
 
 
 class GroupedWeight(nn.Module):
@@ -76,6 +86,7 @@ class GroupedWeight(nn.Module):
     """
 
     GROUP = 32
+    LIMITS = (-8, 7)
 
     values: Tensor
     scale: Tensor
@@ -88,16 +99,24 @@ class GroupedWeight(nn.Module):
         groups = weight.reshape(-1, self.GROUP)
         highest = groups.abs().amax(1, keepdim=True).clamp_min(1e-8)
         scales = torch.stack([(highest / level).bfloat16().float() for level in (8, 7.5, 7, 6.5, 6, 5.5, 5, 4)])
-        errors = (torch.clamp(torch.round(groups / scales), -8, 7) * scales - groups).square().sum(-1, keepdim=True)
+        errors = (torch.clamp(torch.round(groups / scales), *self.LIMITS) * scales - groups).square().sum(-1, keepdim=True)
         scale = scales.gather(0, errors.argmin(0, keepdim=True))[0]
-        values = torch.clamp(torch.round(groups / scale), -8, 7)
+        values = torch.clamp(torch.round(groups / scale), *self.LIMITS)
         self.register_buffer("values", values.to(torch.int8).reshape(weight.shape))
         self.register_buffer("scale", scale.reshape(len(weight), -1))
         self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int32))
 
     def forward(self) -> Tensor:
-        limits = (-8, 7, torch.int8, self.GROUP, torch.float32)
-        return _operators.dequantize_per_channel_group.default(self.values, self.scale, self.zero_point, *limits)
+        kind = (*self.LIMITS, torch.int8, self.GROUP, torch.float32)
+        return _operators.dequantize_per_channel_group.default(self.values, self.scale, self.zero_point, *kind)
+
+    def steps(self) -> Tensor:
+        """The scale of every weight, (out, in)."""
+        return self.scale.repeat_interleave(self.GROUP, 1)
+
+    def fixed(self) -> Tensor:
+        """The weights that must stay for the same scales, (out, in) bool: none, since scales are found by the error that they leave."""
+        return torch.zeros_like(self.values, dtype=torch.bool)
 
 
 class HalfWeight(nn.Module):

@@ -1,46 +1,53 @@
 """Rounding of weights that sees what they are multiplied with.
 
-- `reconstruct`: INT4 weights are rounded one input channel after the other, and the error of each is made good by the channels that
-  are still float, for the least squared error of the layer's outputs on the calibration images (GPTQ, arXiv:2210.17323, which is
+- `reconstruct`: the weights of a layer are rounded one input channel after the other, and the error of each is made good by the channels
+  that are still float, for the least squared error of the layer's outputs on the calibration images (GPTQ, arXiv:2210.17323, which is
   the closed form of AdaRound's layer reconstruction, arXiv:2004.10568, one weight at a time).
 - `correct_biases`: the mean error that rounding leaves in a layer's outputs goes into its bias (arXiv:1906.04721, section 4.2).
 
-Both change float parameters only: rounded weights lie on the grid that `GroupedWeight` finds again, so that every backend rounds to the
-same integers.
+Both change float parameters only: rounded weights lie on the grid that `IntegerWeight` and `GroupedWeight` find again, so that every
+backend rounds to the same integers.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcvit_edge.quantization.integers import GroupedWeight
+from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images
 from gcvit_edge.quantization.watch import watching
 
+Grids = Mapping[str, type[IntegerWeight] | type[GroupedWeight]]
+"""How the weights of these layers, by name, are rounded."""
+
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, for channels that are always near 0
+_BLOCK = 128  # channels at a time, so that far ones are touched once a block
 
 
 @torch.no_grad()
-def reconstruct(deployed: nn.Module, images: Images, chosen: Callable[[str], bool]) -> None:
-    """Rounds the weights of the linears whose names are `chosen` to INT4, in place."""
-    linears = {name: module for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and chosen(name)}
-    products = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
+def reconstruct(deployed: nn.Module, images: Images, grids: Grids) -> None:
+    """Rounds the weights of these linears and convolutions (of one group), in place."""
+    layers = {name: layer for name, layer in deployed.named_modules() if name in grids and isinstance(layer, nn.Linear | nn.Conv2d)}
+    products = {name: torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()) for name, layer in layers.items()}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
-        products[name].addmm_(x.T, x)
+        rows = _read(layers[name], x)
+        products[name].addmm_(rows.T, rows)
 
-    with watching(linears, add):
+    with watching(layers, add):
         for image in images():
             deployed(torch.from_numpy(image))
-    for name, layer in linears.items():
-        layer.weight.copy_(_rounded(layer.weight, products[name]))
+    for name, layer in layers.items():
+        layer.weight.copy_(_rounded(layer.weight.flatten(1), products[name], grids[name](layer.weight)).view_as(layer.weight))
 
 
 @torch.no_grad()
-def correct_biases(deployed: nn.Module, images: Images, rounded: Callable[[str, Tensor], Tensor]) -> None:
-    """Adds the mean error of outputs to the biases of linears, in place. rounded: the weight that a layer of this name will have."""
-    linears = {name: module for name, module in deployed.named_modules() if isinstance(module, nn.Linear) and module.bias is not None}
+def correct_biases(deployed: nn.Module, images: Images, grids: Grids) -> None:
+    """Adds the mean error of outputs to the biases of those of these layers that are linears, in place."""
+    modules = ((name, module) for name, module in deployed.named_modules() if name in grids)
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear) and module.bias is not None}
     sums = {name: torch.zeros(layer.in_features) for name, layer in linears.items()}
     rows = dict.fromkeys(linears, 0)
 
@@ -52,24 +59,31 @@ def correct_biases(deployed: nn.Module, images: Images, rounded: Callable[[str, 
         for image in images():
             deployed(torch.from_numpy(image))
     for name, layer in linears.items():
-        layer.bias.add_((layer.weight - rounded(name, layer.weight)) @ (sums[name] / rows[name]))
+        layer.bias.add_((layer.weight - grids[name](layer.weight)()) @ (sums[name] / rows[name]))
 
 
-def _rounded(weight: Tensor, product: Tensor) -> Tensor:
-    """The weight (out, in) on the grid of `GroupedWeight`; product: sum of x^T x (in, in) of its inputs."""
-    grid = GroupedWeight(weight)
-    scale = grid.scale.repeat_interleave(GroupedWeight.GROUP, 1)
+def _read(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """What the outputs of a layer are products of (rows, in): of a convolution the pixels under its kernel."""
+    if isinstance(layer, nn.Linear):
+        return x.flatten(0, -2)
+    return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
+
+
+def _rounded(weight: Tensor, product: Tensor, grid: IntegerWeight | GroupedWeight) -> Tensor:
+    """The weight (out, in) on its grid. product: sum of x^T x (in, in) of its inputs."""
+    order = product.diagonal().argsort(descending=True)  # what matters most first, while most can make good its errors
+    left, step, fixed = weight[:, order], grid.steps()[:, order], grid.fixed()[:, order]
+    product = product[order][:, order]
     product = product + torch.eye(len(product)) * (_DAMPING * product.diagonal().mean()).clamp_min(1e-8)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(product)), upper=True)
-    left, result = weight.clone(), torch.empty_like(weight)
-    size = GroupedWeight.GROUP
-    for start in range(0, weight.shape[1], size):  # in blocks, so that far channels are touched once a block
-        block = slice(start, start + size)
-        errors = torch.empty(len(weight), size)
-        for index in range(start, start + size):
-            step = scale[:, index]
-            result[:, index] = torch.clamp(torch.round(left[:, index] / step), -8, 7) * step
+    result = grid().flatten(1)[:, order]
+    for start in range(0, len(order), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        errors = torch.zeros_like(left[:, block])
+        for index in range(start, start + errors.shape[1]):
+            nearest = torch.clamp(torch.round(left[:, index] / step[:, index]), *grid.LIMITS) * step[:, index]
+            result[:, index] = torch.where(fixed[:, index], result[:, index], nearest)
             errors[:, index - start] = (left[:, index] - result[:, index]) / inverse[index, index]
-            left[:, index:][:, : start + size - index] -= errors[:, index - start, None] * inverse[index, index : start + size]
-        left[:, start + size :] -= errors @ inverse[block, start + size :]
-    return result
+            left[:, index : block.stop] -= errors[:, index - start, None] * inverse[index, index : block.stop]
+        left[:, block.stop :] -= errors @ inverse[block, block.stop :]
+    return result[:, order.argsort()]

@@ -23,6 +23,7 @@ from gcvit_edge.quantization.layers import (
     WeightLayer,
 )
 from gcvit_edge.quantization.ranges import Ranges
+from gcvit_edge.quantization.rounding import Grids
 from gcvit_edge.recipe import Operator
 
 Rounding = tuple[frozenset[Operator], Arithmetic]
@@ -37,10 +38,24 @@ _RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attentio
 _ANSWERS = ("scores", "attended")  # of products of attention: float where kernels answer in float
 
 
-def in_four_bits(name: str, channels: int, precision: Precision) -> bool:
+def _in_four_bits(name: str, channels: int, precision: Precision) -> bool:
     """Whether a linear of this name with so many input channels has INT4 weights. Not 1x1 convolutions, which are linears in some
     forms only: convolutions are INT8 in every runtime."""
     return precision in ("w4a8", "int4") and not name.endswith((*_DELICATE, "pointwise")) and channels % GroupedWeight.GROUP == 0
+
+
+def weight_grids(deployed: nn.Module, operators: Collection[Operator], precision: Precision) -> Grids:
+    """How the weights of layers that `operators` rounds are rounded, the same in every runtime."""
+
+    def grid(name: str, module: nn.Module) -> type[IntegerWeight] | type[GroupedWeight] | None:
+        if isinstance(module, nn.Linear) and "linear" in operators:
+            return GroupedWeight if _in_four_bits(name, module.in_features, precision) else IntegerWeight
+        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(name, module):
+            return IntegerWeight
+        return None
+
+    grids = ((name, grid(name, module)) for name, module in deployed.named_modules())
+    return {name: kind for name, kind in grids if kind is not None}
 
 
 @torch.no_grad()
@@ -68,7 +83,7 @@ def quantize(
         return arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
 
     def linear(name: str, layer: nn.Linear) -> nn.Module:
-        if in_four_bits(name, layer.in_features, precision):
+        if _in_four_bits(name, layer.in_features, precision):
             if arithmetic.grouped == "dynamic_block":
                 return GroupedLinear(layer, rounded=precision == "w4a8")
             weight = GroupedWeight(layer.weight)

@@ -53,26 +53,47 @@ def test_half_weight(dtype: torch.dtype, error: float) -> None:
     torch.testing.assert_close(half(), weight, rtol=error, atol=1e-6)
 
 
-def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn.Module) -> None:
+GRIDS = pytest.mark.parametrize("grid", [IntegerWeight, GroupedWeight])
+
+
+@GRIDS
+def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn.Module, grid: type[IntegerWeight | GroupedWeight]) -> None:
     x = correlated(500, 64)
     expected = network(torch.from_numpy(x))
     plain, rebuilt = copy.deepcopy(network), copy.deepcopy(network)
-    plain[0].weight.data = GroupedWeight(plain[0].weight)()
-    reconstruct(rebuilt, lambda: iter([x]), lambda name: True)
-    torch.testing.assert_close(GroupedWeight(rebuilt[0].weight)(), rebuilt[0].weight.data, rtol=0, atol=0)
+    plain[0].weight.data = grid(plain[0].weight)()
+    reconstruct(rebuilt, lambda: iter([x]), {"0": grid})
+    found = grid(rebuilt[0].weight)
+    torch.testing.assert_close(found(), rebuilt[0].weight.data, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.scale, grid(network[0].weight).scale)
     errors = [float((each(torch.from_numpy(x)) - expected).square().mean().detach()) for each in (rebuilt, plain)]
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_layers_that_are_not_chosen_stay(network: nn.Module) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_are_reconstructed_for_the_pixels_that_they_read(stride: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 12, 3, stride, padding=1))
+    x = correlated(2 * 16 * 16, 8).reshape(2, 16, 16, 8).transpose(0, 3, 1, 2).copy()
+    expected = network(torch.from_numpy(x))
+    plain, rebuilt = copy.deepcopy(network), copy.deepcopy(network)
+    plain[0].weight.data = IntegerWeight(plain[0].weight)()
+    reconstruct(rebuilt, lambda: iter([x]), {"0": IntegerWeight})
+    torch.testing.assert_close(IntegerWeight(rebuilt[0].weight)(), rebuilt[0].weight.data, rtol=1e-6, atol=0)
+    errors = [float((each(torch.from_numpy(x)) - expected).square().mean().detach()) for each in (rebuilt, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_layers_that_are_not_named_stay(network: nn.Module) -> None:
     before = network[0].weight.clone()
-    reconstruct(network, lambda: iter([correlated(50, 64)]), lambda name: False)
+    reconstruct(network, lambda: iter([correlated(50, 64)]), {})
     torch.testing.assert_close(network[0].weight.data, before, rtol=0, atol=0)
 
 
-def test_bias_takes_the_mean_error(network: nn.Module) -> None:
+@GRIDS
+def test_bias_takes_the_mean_error(network: nn.Module, grid: type[IntegerWeight | GroupedWeight]) -> None:
     x = correlated(500, 64)
     expected = network(torch.from_numpy(x)).mean(0)
-    correct_biases(network, lambda: iter([x]), lambda name, weight: IntegerWeight(weight)())
-    network[0].weight.data = IntegerWeight(network[0].weight)()
+    correct_biases(network, lambda: iter([x]), {"0": grid})
+    network[0].weight.data = grid(network[0].weight)()
     torch.testing.assert_close(network(torch.from_numpy(x)).mean(0), expected, rtol=1e-4, atol=1e-4)
