@@ -21,20 +21,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
+
+
+def header(*names: str, numbers: str) -> str:
+    """The first two lines of a table: `names`, and then the columns of `numbers`, separated by " | ", to the right."""
+    of_numbers = numbers.split(" | ")
+    return f"| {' | '.join([*names, *of_numbers])} |\n| {' | '.join(['---'] * len(names) + ['---:'] * len(of_numbers))} |"
+
+
+def drop(entry: dict[str, Any]) -> str:
+    """The drop in points and its interval."""
+    low, high = entry["drop_ci95"]
+    return f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-HEADER = """\
-| images | runtime | top-1 float | drop, points (95 % interval) | agreement | SQNR | MB, INT8 of float | ms, INT8 of float | speed-up |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEADER = header(
+    "images", "runtime",
+    numbers="top-1 float | drop, points (95 % interval) | agreement | SQNR, dB | MB, INT8 of float | ms, INT8 of float | speed-up",
+)  # fmt: skip
 
 
 def rows(name: str, report: dict[str, Any]) -> list[str]:
     """Table rows of one report."""
     out = []
     for entry in report["artifacts"]:
-        low, high = entry["drop_ci95"]
         out.append(
             f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | "
-            f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} dB | "
+            f"{drop(entry)} | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} | "
             f"{entry['size_bytes'] / 1e6:.1f} of {entry['float_size_bytes'] / 1e6:.1f} | "
             f"{entry['latency_ms']['p50']:.1f} of {entry['float_latency_ms']['p50']:.1f} | {entry['speedup']:.2f}x |"
         )
@@ -54,9 +68,7 @@ def table() -> str:
 
 
 STOCK_BEGIN, STOCK_END = "<!-- vs_stock -->", "<!-- /vs_stock -->"
-STOCK_HEADER = """\
-| model | runtime | stock float | stock INT8 | our float | our INT8 | MB, INT8 of float |
-| --- | --- | --- | --- | --- | --- | --- |"""
+STOCK_HEADER = header("model", "runtime", numbers="stock float | stock INT8 | our float | our INT8 | MB, INT8 of float")
 
 
 def stock_runs() -> list[list[dict[str, Any]]]:
@@ -140,9 +152,7 @@ def save_picture(figure: "Figure", file: Path) -> None:
 
 
 ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
-ARM_HEADER = """\
-| model | CPU | file | all | SDOT | SMMLA | FMLA | of our float | SQNR to x86 |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+ARM_HEADER = header("model", "CPU", "file", numbers="all | SDOT | SMMLA | FMLA | of our float | SQNR to x86, dB")
 
 
 def arm_table() -> str:
@@ -155,14 +165,15 @@ def arm_table() -> str:
             file = f"{'our' if each['form'] == 'ours' else 'stock'} {'INT8' if each['precision'] == 'int8' else 'float'}"
             counts = " | ".join(f"{each[name] / 1e6:.1f}" if each[name] else "0" for name in ("instructions", "sdot", "smmla", "fmla"))
             share = each["instructions"] / ours[each["cpu"]]
-            lines.append(f"| {path.stem} | `{each['cpu'].split()[0]}` | {file} | {counts} | {share:.2f}x | {each['sqnr_db']:.0f} dB |")
+            lines.append(f"| {path.stem} | `{each['cpu'].split()[0]}` | {file} | {counts} | {share:.2f}x | {each['sqnr_db']:.0f} |")
     return "\n".join([ARM_BEGIN, ARM_HEADER, *lines, ARM_END])
 
 
 ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy -->", "<!-- /accuracy -->"
-ACCURACY_HEADER = """\
-| recipe | runtime | images | top-1 | drop, points (95 % interval) | agreement | SQNR | agreement with the other runtimes | MB |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+ACCURACY_HEADER = header(
+    "recipe", "runtime",
+    numbers="images | top-1 | drop, points (95 % interval) | agreement | SQNR, dB | agreement with the other runtimes | MB",
+)  # fmt: skip
 
 
 def accuracy_table() -> str:
@@ -170,21 +181,18 @@ def accuracy_table() -> str:
     recipes, ablation = [], []
     for path in sorted((ROOT / "results" / "accuracy").glob("*.json")):
         for each in json.loads(path.read_text()):
-            low, high = each["drop_ci95"]
             cross = "" if each["cross"] is None else f"{each['cross']:.2%}"
             (ablation if "," in each["row"] else recipes).append(
                 f"| {each['row']} | {each['backend']} | {each['images']:,} | {each['top1']:.2%} | "
-                f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {each['agreement']:.2%} | "
-                f"{each['sqnr_db']:.1f} dB | {cross} | {each['size_bytes'] / 1e6:.1f} |"
+                f"{drop(each)} | {each['agreement']:.2%} | "
+                f"{each['sqnr_db']:.1f} | {cross} | {each['size_bytes'] / 1e6:.1f} |"
             )
     fold = "<details>\n<summary>The ablation: one algorithm changed at a time</summary>\n"
     return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *recipes, "", fold, ACCURACY_HEADER, *ablation, "\n</details>", ACCURACY_END])
 
 
 QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
-QAT_HEADER = """\
-| images | runtime | top-1 float | top-1 INT8 | drop, points (95 % interval) | agreement | SQNR |
-| --- | --- | --- | --- | --- | --- | --- |"""
+QAT_HEADER = header("images", "runtime", numbers="top-1 float | top-1 INT8 | drop, points (95 % interval) | agreement | SQNR, dB")
 
 
 def qat_table() -> str:
@@ -195,10 +203,9 @@ def qat_table() -> str:
     lines, notes = [], []
     for name, report in reports.items():
         for entry in report["artifacts"]:
-            low, high = entry["drop_ci95"]
             lines.append(
                 f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | {entry['top1']:.2%} | "
-                f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f}) | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} dB |"
+                f"{drop(entry)} | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} |"
             )
         training = report["training"]
         losses = ", ".join(f"{epoch['loss']:.4g}" for epoch in training["epochs"])
