@@ -176,8 +176,9 @@ def test_what_is_fitted_to_rounding_is_not_taken_for_float(ruined: Tiny, cache: 
     plain, fitted = (calibrate(ruined.model, each, lambda: iter([image] * 4)) for each in (nearest, recipe))
     assert sqnr_db(logits(written("onnx", fitted, recipe), [image]), logits(written("onnx", plain, recipe), [image])) > 100
     alone = {layer.name: layer.alone_db for layer in rank("onnx", fitted, recipe, [image], Steps())}
-    assert fitted.fitted
-    assert all(alone[name.removesuffix(".weight")] < 200 for name in fitted.fitted)  # it is 999 for what is rounded already
+    layers = [name.removesuffix(".weight") for name in fitted.fitted if "global_query" not in name]  # which nothing reads in some stages
+    assert len(layers) > 20
+    assert all(alone[layer] < 200 for layer in layers)  # it is 999 for what is rounded already
 
 
 def test_what_cannot_be_is_refused(
