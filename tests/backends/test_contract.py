@@ -37,8 +37,8 @@ class Made:
         with torch.no_grad():
             self.expected = np.concatenate([self.model(torch.from_numpy(image)).numpy() for image in IMAGES])
 
-    def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv"), precision: str = "int8") -> Artifact:
-        recipe = self.recipe.model_copy(update={"operators": operators, "precision": precision})
+    def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv")) -> Artifact:
+        recipe = self.recipe.model_copy(update={"operators": operators})
         return lower_quantized(self.float.backend, self.calibrated, self.info, recipe, folder)
 
     def run(self, artifact: Artifact, threads: int = 1) -> np.ndarray:
@@ -109,7 +109,9 @@ def test_recipe_decides_what_is_quantized(made: Made, tmp_path: Path) -> None:
 def test_other_precisions(made: Made, precision: str, tmp_path: Path) -> None:
     if precision not in made.backend.PRECISIONS:
         pytest.skip(f"{made.int8.backend} cannot make {precision}")
-    artifact = made.quantized(tmp_path, precision=precision)
+    recipe = made.recipe.model_copy(update={"precision": precision, "rounding": "nearest"})
+    calibrated = calibrate(made.model, recipe, lambda: iter(IMAGES))
+    artifact = lower_quantized(made.float.backend, calibrated, made.info, recipe, tmp_path)
     assert artifact.path.name.startswith(f"model.{precision}.")
     noise = sqnr_db(made.run(artifact), made.expected)
     low, high = {"fp16": (50, 100), "bf16": (35, 60)}.get(precision, (10, 60))
