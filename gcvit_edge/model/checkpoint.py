@@ -56,7 +56,7 @@ def read_checkpoint(source: str) -> Checkpoint:
     """Reads `source`: a .safetensors, .pth, .pt or .pth.tar file in timm's, NVlabs' or our layout, or `hf-hub:ID`.
 
     Raises:
-        UserError: the file is missing, truncated, of no known layout, or a pickle that holds code (never executed).
+        UserError: the file is missing, truncated, of no known layout, a pickle that holds code (never executed), or holds nan or inf.
     """
     path, side = (_download(source), True) if source.startswith(HUB_PREFIX) else (Path(source), False)
     if not path.is_file():
@@ -65,6 +65,11 @@ def read_checkpoint(source: str) -> Checkpoint:
     nvlabs = any(key.startswith("patch_embed.") for key in state)
     state = _from_nvlabs(state) if nvlabs else state
     state = {key: value.float() for key, value in state.items()}
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(
+            f"checkpoint {source} holds nan or inf in {', '.join(broken[:3])}: "
+            "the run that made it diverged, or float16 was too small for it"
+        )
     if _METADATA_KEY in metadata:
         try:
             info = ModelInfo.model_validate_json(metadata[_METADATA_KEY])

@@ -236,6 +236,15 @@ def test_missing_and_extra_keys_are_both_named(tiny_model, tmp_path):
         create_model(weights=tmp_path / "renamed.pth", **SHAPE)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(tiny_model, tmp_path, value):
+    state = {key: tensor.clone() for key, tensor in tiny_model.state_dict().items()}
+    state["head.fc.weight"][0, 0] = value
+    torch.save(state, tmp_path / "diverged.pth")
+    with pytest.raises(UserError, match=r"diverged.pth holds nan or inf in head.fc.weight: the run that made it diverged"):
+        load_model(str(tmp_path / "diverged.pth"))
+
+
 def test_wrong_shapes(tiny_model, tmp_path):
     state = dict(tiny_model.state_dict()) | {"stages.1.blocks.0.attn.proj.weight": torch.zeros(32, 31)}
     torch.save(state, tmp_path / "shapes.pth")
