@@ -69,7 +69,7 @@ def quantize(
 ) -> nn.Module:
     """A copy of a deploy form with the layers of `operators` in `precision`, but for those named in `keep`. Constants are stored like
     weights, in 8 bits at least: the position biases are 14 % of the float file of XXT, and their rounding leaves 84 dB."""
-    quantized = copy.deepcopy(deployed)
+    quantized, grids = copy.deepcopy(deployed), weight_grids(deployed, operators, precision)
 
     def affine(place: str) -> Affine:
         symmetric = arithmetic.symmetric_right and "attention" in operators and place.endswith(_RIGHT)
@@ -83,7 +83,7 @@ def quantize(
         return arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
 
     def linear(name: str, layer: nn.Linear) -> nn.Module:
-        if _in_four_bits(name, layer.in_features, precision):
+        if grids[name] is GroupedWeight:
             if arithmetic.grouped == "dynamic_block":
                 return GroupedLinear(layer, rounded=precision == "w4a8")
             weight = GroupedWeight(layer.weight)
@@ -112,9 +112,9 @@ def quantize(
             return WeightLayer(module, HalfWeight(module.weight, half))
         if isinstance(module, Constant):
             return IntegerConstant(module.value) if half is None else HalfWeight(module.value, half)
-        if isinstance(module, nn.Linear) and "linear" in operators:
+        if isinstance(module, nn.Linear) and name in grids:
             return linear(name, module)
-        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(name, module):
+        if isinstance(module, nn.Conv2d) and name in grids:
             return conv(name, module)
         if isinstance(module, Point) and ("residual" if isinstance(parent, Residual) else "attention") in operators:
             answered = name.endswith(_ANSWERS) and not arithmetic.linear_output
