@@ -59,8 +59,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if self.rounding == "adaptive" and (self.precision in ("fp16", "bf16") or not {"linear", "conv"} & set(self.operators)):
-            raise ValueError(f"`rounding: adaptive` is for linears and convolutions in integers, not for {self._contents()}; leave it out")
+        if self.rounding == "adaptive" and not {"linear", "conv"} & set(self.operators):
+            raise ValueError(f"`rounding: adaptive` is for linears and convolutions, not for {self._contents()}; leave it out")
         if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
             raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
         activations = sorted({"attention", "residual"} & set(self.operators))

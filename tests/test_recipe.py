@@ -76,10 +76,9 @@ def test_recipes_do_not_change() -> None:
         ({"limits": {"max_drop": "little"}}, r"limits\.max_drop: got 'little'"),
         ({"name": "My Recipe"}, "name: got 'My Recipe'"),
         (
-            {"rounding": "adaptive", "precision": "fp16"},
-            r"adaptive` is for linears and convolutions in integers, not for linear, conv in fp16; leave it out",
+            {"rounding": "adaptive", "operators": ["residual"]},
+            r"adaptive` is for linears and convolutions, not for residual in int8; leave it out",
         ),
-        ({"rounding": "adaptive", "operators": ["residual"]}, "not for residual in int8"),
         ({"rounding": "adaptive", "qat": {}}, "`qat` trains weights as they are rounded to the nearest; leave out `rounding: ad"),
         ({"bias_correction": True, "precision": "fp16"}, "`bias_correction` is for linears in integers, not for linear, conv in fp16"),
         ({"bias_correction": True, "operators": ["conv"]}, "not for conv in int8"),

@@ -65,9 +65,9 @@ class IntegerWeight(nn.Module):
     def forward(self) -> Tensor:
         return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, *self.LIMITS, torch.int8)
 
-    def steps(self) -> Tensor:
-        """The scale of every weight, (out, in)."""
-        return self.scale[:, None].expand_as(self.values.flatten(1))
+    def nearest(self, weights: Tensor, channel: int) -> Tensor:
+        """Other weights (out,) of an input channel, those of a kernel counted one after the other, on the grid of this one."""
+        return torch.clamp(torch.round(weights / self.scale), *self.LIMITS) * self.scale
 
     def fixed(self) -> Tensor:
         """The weights that scales follow from, (out, in) bool: with them as they are, other values have the same scales."""
@@ -110,9 +110,10 @@ class GroupedWeight(nn.Module):
         kind = (*self.LIMITS, torch.int8, self.GROUP, torch.float32)
         return _operators.dequantize_per_channel_group.default(self.values, self.scale, self.zero_point, *kind)
 
-    def steps(self) -> Tensor:
-        """The scale of every weight, (out, in)."""
-        return self.scale.repeat_interleave(self.GROUP, 1)
+    def nearest(self, weights: Tensor, channel: int) -> Tensor:
+        """Other weights (out,) of an input channel on the grid of this one."""
+        scale = self.scale[:, channel // self.GROUP]
+        return torch.clamp(torch.round(weights / scale), *self.LIMITS) * scale
 
     def fixed(self) -> Tensor:
         """The weights that must stay for the same scales, (out, in) bool: none, since scales are found by the error that they leave."""
@@ -130,6 +131,14 @@ class HalfWeight(nn.Module):
 
     def forward(self) -> Tensor:
         return self.values.float()
+
+    def nearest(self, weights: Tensor, channel: int) -> Tensor:
+        """Other weights (out,) of an input channel in this one's type."""
+        return weights.to(self.values.dtype).float()
+
+    def fixed(self) -> Tensor:
+        """The weights that must stay, (out, in) bool: none, since every one has its own exponent."""
+        return torch.zeros_like(self.values.flatten(1), dtype=torch.bool)
 
 
 class IntegerConstant(nn.Module):

@@ -9,17 +9,20 @@ Both change float parameters only: rounded weights lie on the grid that `Integer
 backend rounds to the same integers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcvit_edge.quantization.integers import GroupedWeight, IntegerWeight
+from gcvit_edge.quantization.integers import GroupedWeight, HalfWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images
 from gcvit_edge.quantization.watch import watching
 
-Grids = Mapping[str, type[IntegerWeight] | type[GroupedWeight]]
+Rounded = IntegerWeight | GroupedWeight | HalfWeight
+Grid = Callable[[Tensor], Rounded]
+Grids = Mapping[str, Grid]
 """How the weights of these layers, by name, are rounded."""
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal, for channels that are always near 0
@@ -28,8 +31,8 @@ _BLOCK = 128  # channels at a time, so that far ones are touched once a block
 
 @torch.no_grad()
 def reconstruct(deployed: nn.Module, images: Images, grids: Grids) -> None:
-    """Rounds the weights of these linears and convolutions (of one group), in place."""
-    layers = {name: layer for name, layer in deployed.named_modules() if name in grids and isinstance(layer, nn.Linear | nn.Conv2d)}
+    """Rounds the weights of these linears and convolutions, in place; those of depthwise ones, which add up 9 products each, stay."""
+    layers = {name: layer for name, layer in deployed.named_modules() if name in grids and _is_dense(layer)}
     products = {name: torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()) for name, layer in layers.items()}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
@@ -62,6 +65,10 @@ def correct_biases(deployed: nn.Module, images: Images, grids: Grids) -> None:
         layer.bias.add_((layer.weight - grids[name](layer.weight)()) @ (sums[name] / rows[name]))
 
 
+def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
 def _read(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """What the outputs of a layer are products of (rows, in): of a convolution the pixels under its kernel."""
     if isinstance(layer, nn.Linear):
@@ -69,10 +76,10 @@ def _read(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
 
 
-def _rounded(weight: Tensor, product: Tensor, grid: IntegerWeight | GroupedWeight) -> Tensor:
+def _rounded(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
     """The weight (out, in) on its grid. product: sum of x^T x (in, in) of its inputs."""
     order = product.diagonal().argsort(descending=True)  # what matters most first, while most can make good its errors
-    left, step, fixed = weight[:, order], grid.steps()[:, order], grid.fixed()[:, order]
+    left, fixed = weight[:, order], grid.fixed()[:, order]
     product = product[order][:, order]
     product = product + torch.eye(len(product)) * (_DAMPING * product.diagonal().mean()).clamp_min(1e-8)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(product)), upper=True)
@@ -81,7 +88,7 @@ def _rounded(weight: Tensor, product: Tensor, grid: IntegerWeight | GroupedWeigh
         block = slice(start, start + _BLOCK)
         errors = torch.zeros_like(left[:, block])
         for index in range(start, start + errors.shape[1]):
-            nearest = torch.clamp(torch.round(left[:, index] / step[:, index]), *grid.LIMITS) * step[:, index]
+            nearest = grid.nearest(left[:, index], int(order[index]))
             result[:, index] = torch.where(fixed[:, index], result[:, index], nearest)
             errors[:, index - start] = (left[:, index] - result[:, index]) / inverse[index, index]
             left[:, index : block.stop] -= errors[:, index - start, None] * inverse[index, index : block.stop]

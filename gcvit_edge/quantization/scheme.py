@@ -4,6 +4,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from gcvit_edge.quantization.layers import (
     WeightLayer,
 )
 from gcvit_edge.quantization.ranges import Ranges
-from gcvit_edge.quantization.rounding import Grids
+from gcvit_edge.quantization.rounding import Grid, Grids
 from gcvit_edge.recipe import Operator
 
 Rounding = tuple[frozenset[Operator], Arithmetic]
@@ -46,8 +47,11 @@ def _in_four_bits(name: str, channels: int, precision: Precision) -> bool:
 
 def weight_grids(deployed: nn.Module, operators: Collection[Operator], precision: Precision) -> Grids:
     """How the weights of layers that `operators` rounds are rounded, the same in every runtime."""
+    half = _HALVES.get(precision)
 
-    def grid(name: str, module: nn.Module) -> type[IntegerWeight] | type[GroupedWeight] | None:
+    def grid(name: str, module: nn.Module) -> Grid | None:
+        if half is not None:
+            return partial(HalfWeight, dtype=half) if isinstance(module, nn.Linear | nn.Conv2d) else None
         if isinstance(module, nn.Linear) and "linear" in operators:
             return GroupedWeight if _in_four_bits(name, module.in_features, precision) else IntegerWeight
         if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(name, module):
@@ -109,7 +113,7 @@ def quantize(
     def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
         half = _HALVES.get(precision)
         if half is not None and isinstance(module, nn.Linear | nn.Conv2d):
-            return WeightLayer(module, HalfWeight(module.weight, half))
+            return WeightLayer(module, grids[name](module.weight))
         if isinstance(module, Constant):
             return IntegerConstant(module.value) if half is None else HalfWeight(module.value, half)
         if isinstance(module, nn.Linear) and name in grids:

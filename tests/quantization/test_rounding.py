@@ -1,6 +1,7 @@
-"""Rounding of weights: INT4 by reconstruction, and biases."""
+"""Rounding of weights by reconstruction, and biases."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,6 +57,9 @@ def test_half_weight(dtype: torch.dtype, error: float) -> None:
 GRIDS = pytest.mark.parametrize("grid", [IntegerWeight, GroupedWeight])
 
 
+HALF = partial(HalfWeight, dtype=torch.bfloat16)
+
+
 @GRIDS
 def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn.Module, grid: type[IntegerWeight | GroupedWeight]) -> None:
     x = correlated(500, 64)
@@ -68,6 +72,24 @@ def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn
     torch.testing.assert_close(found.scale, grid(network[0].weight).scale)
     errors = [float((each(torch.from_numpy(x)) - expected).square().mean().detach()) for each in (rebuilt, plain)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_half_weights_are_reconstructed(network: nn.Module) -> None:
+    x = correlated(500, 64)
+    expected = network(torch.from_numpy(x))
+    plain, rebuilt = copy.deepcopy(network), copy.deepcopy(network)
+    plain[0].weight.data = HALF(plain[0].weight)()
+    reconstruct(rebuilt, lambda: iter([x]), {"0": HALF})
+    torch.testing.assert_close(HALF(rebuilt[0].weight)(), rebuilt[0].weight.data, rtol=0, atol=0)
+    errors = [float((each(torch.from_numpy(x)) - expected).square().mean().detach()) for each in (rebuilt, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_depthwise_convolutions_stay() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
+    before = network[0].weight.clone()
+    reconstruct(network, lambda: iter([correlated(64, 8).T.reshape(1, 8, 8, 8).copy()]), {"0": HALF})
+    torch.testing.assert_close(network[0].weight.data, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
