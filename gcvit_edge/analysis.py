@@ -14,9 +14,9 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import lower_float, lower_network, lower_quantized, roundings, simulate, written
-from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, hits, paired_drop, sqnr_db
+from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, finite_db, hits, paired_drop, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
-from gcvit_edge.measurement.parity import MIN_SQNR_DB, finite_db
+from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.pipeline import ranking_images
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
@@ -137,7 +137,8 @@ def _backend(
     without = _without(name, calibrated, job.recipe, layers, images, steps)
     classes = job.classes[pixels.kept]
     shipped = [np.fromfile(file, np.uint8) for file in deployed.int8.files] if bundle else []
-    known = measurements(name, calibrated, deployed.recipe, [*images, pixels.load()[: len(classes)], classes, *shipped])
+    decisive = [*images, pixels.load()[: len(classes)], classes, np.array(job.info.labels.names), *shipped]
+    known = measurements(name, calibrated, deployed.recipe, decisive)
     compared = known.get("layer by layer", lambda: _layer_by_layer(deployed, job, calibrated, images[:COMPARED_IMAGES], work, steps))
     drifted = known.get("drift by class", lambda: _drift(deployed, job, pixels, classes, steps))
     with steps.step(f"{name}: time", 2 * TIMED_ROUNDS) as advance:

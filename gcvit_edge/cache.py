@@ -1,12 +1,13 @@
 """Measurements that take long, kept in a file while they are made, so that an interrupted command goes on where it was.
 
 The file lies in the user's cache and is named by a hash of everything that the measurements follow from, so that a change of
-weights, images or recipe starts a new one, and nothing has to be told to resume.
+weights, images, recipe or this package starts a new one, and nothing has to be told to resume.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ def digest(parts: Iterable[bytes | str]) -> str:
     return whole.hexdigest()
 
 
+def sources() -> str:
+    """`digest` of this package's Python files."""
+    return digest(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+
+
 def cache_file(key: str) -> Path:
     """Where measurements with this key are kept."""
     return Path(platformdirs.user_cache_dir("gcvit-edge")) / "measurements" / f"{key[:32]}.jsonl"
 
 
 class Measurements:
-    """Values by name, one JSON line each, written as soon as it is known."""
+    """Values by name, one JSON line each, written as soon as it is known; where nothing can be written they are only held."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -44,9 +50,12 @@ class Measurements:
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """The value of this name; measured now unless it was before. It must be the same after JSON."""
         if name not in self.values:
-            value = measure()
+            self.values[name] = measure()
+            self._write(f"\n{json.dumps([name, self.values[name]], allow_nan=False)}")  # newline first: the last line may be half of one
+        return self.values[name]
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps([name, value])}")  # the newline first: the line before may be half of one
-            self.values[name] = value
-        return self.values[name]
+                file.write(text)

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend, package_version
-from gcvit_edge.cache import Measurements, cache_file, digest
+from gcvit_edge.cache import Measurements, cache_file, digest, sources
 from gcvit_edge.data import Pixels, Preprocessing
 from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
 from gcvit_edge.measurement.accuracy import Logits, compare, sqnr_db
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import Limits, Recipe
@@ -82,11 +83,11 @@ def candidates(layers: Sequence[Layer]) -> list[int]:
 
 def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: Iterable[NDArray[Any]]) -> Measurements:
     """What was measured before of backend `name` with these weights, ranges and images (with what else decides), in this arithmetic
-    and these versions."""
+    and these versions, on this kind of CPU."""
     from gcvit_edge.quantization.sensitivity import identity
 
     backend = load_backend(name)
-    versions = [f"{package} {package_version(package)}" for package in ("gcvit-edge", *backend.PACKAGES)]
+    versions = [sources(), cpu_name(), *(f"{package} {package_version(package)}" for package in backend.PACKAGES)]
     recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
     key = digest([
         name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())),

@@ -1,5 +1,6 @@
 """Measurements that outlive an interruption."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,23 @@ def test_a_writer_that_was_killed_loses_only_its_last_line(tmp_path: Path) -> No
     assert Measurements(file).values == {"a": 1, "b": 3}
 
 
+def test_what_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Measurements(tmp_path / "x.jsonl").get("a", lambda: {"db": math.inf})
+
+
 def test_a_failed_measurement_is_not_kept(tmp_path: Path) -> None:
     known = Measurements(tmp_path / "x.jsonl")
     with pytest.raises(ZeroDivisionError):
         known.get("a", lambda: 1 / 0)
     assert known.get("a", lambda: 2) == 2
+
+
+def test_where_nothing_can_be_written_values_are_held(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    known = Measurements(tmp_path / "file" / "x.jsonl")
+    assert known.get("a", lambda: 1) == 1
+    assert known.get("a", fails) == 1
 
 
 def test_digest_tells_where_a_part_ends() -> None:
