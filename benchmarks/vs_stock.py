@@ -117,10 +117,12 @@ def calibration_inputs(info: ModelInfo, folder: Path) -> list[np.ndarray]:
 
 
 def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes: Sequence[str]) -> list[tuple[str, Artifact]]:
-    """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already is not built again."""
+    """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already of this model is not built again."""
     import timm
 
     model, info = network(name, img_size)
+    folder = folder / f"{name}-{model.config.img_size[0]}"
+    folder.mkdir(exist_ok=True)
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
     images = calibration_inputs(info, folder)
