@@ -1,8 +1,9 @@
 """The shell of a device: scripts and files through it, and the keeper, which leaves nothing behind there.
 
-All that is put there lies in one folder, `gcvit-edge/run-PID`. PID is the keeper: a shell on the device that waits for the end of
-its standard input and then kills what still runs and removes the folder, no matter whether this program is done, was killed or
-lost the connection. What it cannot remove, because the device lost its power, the next connection does.
+All that is put there lies in one folder, `gcvit-edge/run-PID-BOOT@HOST`. PID is the keeper: a shell on the device that waits for the
+end of its standard input and then kills what still runs and removes the folder, no matter whether this program is done, was killed or
+lost the connection. What it cannot remove, because the device lost its power, the next connection to this device does. BOOT is the
+kernel's name of the device's start, after which PID may be another process. HOST is its name: boards may share the home folder.
 """
 
 import select
@@ -27,14 +28,21 @@ _KEEPER = r"""
 trap '' HUP PIPE
 umask 077
 mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || exit 1
-for old in run-*; do kill -0 "${{old#run-}}" 2>/dev/null || rm -rf "$old"; done
-mkdir "run-$$" || exit 1
-cd "run-$$"
+host=$(uname -n)
+boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
+run="run-$$-$boot@$host"
+for old in run-*"@$host"; do
+    pid=${{old#run-}}
+    pid=${{pid%%-*}}
+    [ "$old" != "$run" ] && [ "$old" = "run-$pid-$boot@$host" ] && kill -0 "$pid" 2>/dev/null || rm -rf "$old"
+done
+mkdir "$run" || exit 1
+cd "$run"
 echo "{greeting}$(pwd)"
 cat > /dev/null
 kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
 cd ..
-for again in 1 2 3 4 5; do rm -rf "run-$$" && break; sleep 1; done
+for again in 1 2 3 4 5; do rm -rf "$run" && break; sleep 1; done
 cd ..
 rmdir gcvit-edge 2>/dev/null
 :

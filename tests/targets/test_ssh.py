@@ -1,6 +1,7 @@
 """A board by SSH: the contract and every failure, on a real sshd."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,9 +85,7 @@ def test_files_kept_by_hash(pte_bundle: Bundle, options: Options) -> None:
 
 
 def test_leftovers_of_a_board_that_lost_power(options: Options) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    old = Path(str(options.remote_dir)) / "gcvit-edge" / f"run-{gone.pid}"
+    old = Path(str(options.remote_dir)) / "gcvit-edge" / f"run-{os.getpid()}-another-start@{os.uname().nodename}"
     (old / "1").mkdir(parents=True)
     with connect("board", options), connect("board", options):
         assert not old.exists()
@@ -131,6 +130,26 @@ def test_a_shell_that_talks(board: Board, options: Options) -> None:
             pass
     finally:
         forced.write_text(usual)
+
+
+@pytest.mark.parametrize("shell", ["sh", "tcsh"])
+def test_any_login_shell(shell: str, board: Board, options: Options) -> None:
+    need(shutil.which(shell), shell)
+    forced = board.folder / "authorized_keys"
+    usual = forced.read_text()
+    forced.write_text(f'command="exec {shell} -c \\"$SSH_ORIGINAL_COMMAND\\"" {usual}')
+    script = """
+# a comment
+echo "it's 100%: $((1 + 1)) \\0101 é!" != '\\'
+cat"""
+    try:
+        with connect("board", options) as device:
+            assert isinstance(device, Remote)
+            here = subprocess.run(["sh", "-c", script], input=b"in", capture_output=True, check=True)
+            assert device.shell.run(script, b"in") == here.stdout
+    finally:
+        forced.write_text(usual)
+    assert left(options) == []
 
 
 @pytest.mark.parametrize("folder", ["~", "~/my bench"])
