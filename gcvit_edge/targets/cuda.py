@@ -150,8 +150,8 @@ class Gpu(Connection):
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
         artifact = case.artifact
-        command = [sys.executable, "-m", "gcvit_edge.targets._cuda_worker", artifact.backend, str(artifact.path.resolve()), str(threads),
-                   self.device, case.execution]  # fmt: skip
+        command = [sys.executable, "-P", "-m", "gcvit_edge.targets._cuda_worker", artifact.backend, str(artifact.path.resolve()),
+                   str(threads), self.device, case.execution]  # fmt: skip
         try:
             return ProcessSession(artifact, command, LocalFolder())
         except CheckFailed as error:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
 from gcvit_edge.targets import Case, Connection, Hold, side_by_side
+from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ ADDRESS = "none"
 MEASURES_TIME = True
 
 MIN_SHARE = 128  # images of a process: loading an artifact takes as long as some 50
-_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,14 @@ class Session(ProcessSession):
     """One artifact in a fresh Python process."""
 
     def __init__(self, artifact: "Artifact", threads: int, *, pinned: bool = False) -> None:
-        """Starts the process and loads the artifact. pinned: on as many CPUs as threads, one a core as far as they go.
+        """Starts the process and loads the artifact. pinned: on as many CPUs as threads, the fastest.
 
         Raises:
             CheckFailed: the runtime cannot load it; the message ends with what the runtime printed.
         """
-        command = [sys.executable, "-m", "gcvit_edge.targets._worker", artifact.backend, str(artifact.path.resolve()), str(threads)]
-        cpus = spread_cpus() if pinned else []
+        # -P: nothing is imported from the current folder, which may be a downloaded bundle, or hold an onnx.py of the user's own
+        command = [sys.executable, "-P", "-m", "gcvit_edge.targets._worker", artifact.backend, str(artifact.path.resolve()), str(threads)]
+        cpus = fastest_here() if pinned else []
         if threads < len(cpus):
             command.append(",".join(map(str, cpus[:threads])))
         super().__init__(artifact, command, LocalFolder())
@@ -81,20 +81,6 @@ class Session(ProcessSession):
 def default_threads() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def spread_cpus(topology: Path = _TOPOLOGY) -> list[int]:
-    """CPUs that this process may use, those that share a core with an earlier one last; none where one cannot pin."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    cores: dict[str, int] = {}
-    ranked = []
-    for cpu in sorted(os.sched_getaffinity(0)):
-        siblings = topology / f"cpu{cpu}/topology/thread_siblings_list"
-        core = siblings.read_text().strip() if siblings.exists() else str(cpu)
-        ranked.append((cores.setdefault(core, 0), cpu))
-        cores[core] += 1
-    return [cpu for _, cpu in sorted(ranked)]
 
 
 def run_artifacts(

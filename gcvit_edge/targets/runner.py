@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
 from gcvit_edge.targets import Case, Connection
+from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets._process import ETDUMP_HELP, LocalFolder, ProcessSession, profile_file
-from gcvit_edge.targets.local import default_threads, spread_cpus
+from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
@@ -54,7 +55,7 @@ class NativeRunner(Connection):
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
         command = [str(self._files.executable), str(case.artifact.path.resolve()), str(threads)]
-        cpus = spread_cpus() if pinned else []
+        cpus = fastest_here() if pinned else []
         if threads < len(cpus):
             command += ["--cpus", ",".join(map(str, cpus[:threads]))]
         if self._options.etdump is not None and pinned:

@@ -2,8 +2,9 @@
 
 import os
 import subprocess
+from pathlib import Path
 
-from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
+from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first, fastest_here
 
 PHONE = "0-7\n" + "".join(f"{cpu} {khz} {cpu}\n" for cpu, khz in enumerate([1800000] * 4 + [2400000] * 3 + [3000000]))
 
@@ -27,5 +28,19 @@ def test_a_device_that_does_not_say() -> None:
 
 
 def test_this_machine() -> None:
-    printed = subprocess.run(["sh", "-c", CPUS_SCRIPT], capture_output=True, text=True, check=True).stdout
-    assert sorted(fastest_first(printed)) == sorted(os.sched_getaffinity(0))
+    assert sorted(fastest_here()) == sorted(os.sched_getaffinity(0))
+
+
+def test_what_the_script_prints(tmp_path: Path) -> None:
+    """Of a kernel that has no folder of CPUs, and of one with a slow CPU, a fast one and one that is off."""
+
+    def printed() -> str:
+        script = CPUS_SCRIPT.replace("/sys/devices/system/cpu", f"{tmp_path}/cpu")
+        return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+
+    assert fastest_first(printed()) == []
+    for cpu, khz in enumerate((1800000, 2400000, 0)):
+        (tmp_path / f"cpu/cpu{cpu}/cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq").write_text(f"{khz}\n")
+        (tmp_path / f"cpu/cpu{cpu}/online").write_text("1\n" if khz else "0\n")
+    assert printed().splitlines()[1:] == ["0 1800000 ", "1 2400000 "]

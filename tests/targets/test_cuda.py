@@ -118,6 +118,11 @@ def test_artifacts_run_where_their_runtime_has_a_gpu_build(two_backends: Bundle)
     assert [case.name for case in found] == ["onnx.float (CUDA provider)"]
 
 
+def test_code_in_the_current_folder_is_not_run(two_backends: Bundle, shadowed: None) -> None:
+    with cuda.Gpu("cpu").open(Case(two_backends.artifact("openvino"), "plugin"), 1, pinned=False) as session:
+        assert session.runtime == "openvino"
+
+
 @pytest.mark.parametrize("arithmetic", ["float32", "tf32", "float16", "bfloat16"])
 def test_pytorch_reproduces_the_golden_logits(arithmetic: str, bundle: Bundle, weights: Path) -> None:
     case = cases(bundle, weights, arithmetic)[0]

@@ -87,10 +87,35 @@ def connect(address, options):
     yield Deadly()
 """
 
+CLINGING = """
+from contextlib import contextmanager
+
+from gcvit_edge.errors import CheckFailed
+from gcvit_edge.targets.local import ADDRESS, MEASURES_TIME, Local, Options, Session, cases, missing
+
+HELP = "this machine, as if it stopped to answer when it is done"
+
+
+class Clinging(Session):
+    def close(self):
+        super().close()
+        raise CheckFailed("it did not answer within 60 s")
+
+
+class Silent(Local):
+    def open(self, case, threads, *, pinned):
+        return Clinging(case.artifact, threads, pinned=pinned)
+
+
+@contextmanager
+def connect(address, options):
+    yield Silent()
+"""
+
 
 @pytest.fixture(autouse=True)
 def more_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY, "partly": PARTLY, "dying": DYING}
+    files = {"absent": ABSENT, "emulated": EMULATED, "picky": PICKY, "partly": PARTLY, "dying": DYING, "clinging": CLINGING}
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(gcvit_edge.targets, "__path__", [*gcvit_edge.targets.__path__, str(tmp_path)])
@@ -139,6 +164,16 @@ def test_each_failure_is_of_its_own_case(bundle: Bundle, monkeypatch: pytest.Mon
     with pytest.raises(CheckFailed) as caught:
         benchmark_bundle(bundle, find_devices(["dying"], None, 1, {}), replace(BRIEF, together=True), Steps())
     assert [str(caught.value).count(name) for name in ("onnx.float (gone): ", "onnx.float (dies): ", "(gone), ")] == [1, 1, 0]
+
+
+def test_what_fails_when_it_is_closed_leaves_its_results(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / bundle.info.labels.folders[0]).mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / bundle.info.labels.folders[0] / "black.png")
+    devices = find_devices(["clinging"], None, 1, {})
+    for report in (benchmark_bundle(bundle, devices, BRIEF, Steps()), evaluate_bundle(bundle, devices, tmp_path, Steps())):
+        (run,) = report.runs
+        assert [result.name for result in run.results] == ["onnx.float (cpu)"]
+        assert run.error == "onnx.float (cpu): it did not answer within 60 s"
 
 
 def test_wrong_answers_do_not_hide_what_failed(bundle: Bundle) -> None:

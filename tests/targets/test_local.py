@@ -19,13 +19,14 @@ from gcvit_edge.data import Pixels
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import _evaluate, _Site
-from gcvit_edge.targets import Case, Hold, local, side_by_side
-from gcvit_edge.targets.local import Local, Options, Session, run_artifacts, spread_cpus
+from gcvit_edge.targets import Case, Hold, _cpus, local, side_by_side
+from gcvit_edge.targets._cpus import fastest_here
+from gcvit_edge.targets.local import Local, Options, Session, run_artifacts
 
 
 def test_pinned_to_as_many_cpus_as_threads(bundle: Bundle) -> None:
     artifact = bundle.artifact("onnx")
-    cpus = spread_cpus()
+    cpus = fastest_here()
     assert sorted(cpus) == sorted(os.sched_getaffinity(0))
     with Session(artifact, 1, pinned=True) as pinned, Session(artifact, 1) as free, Session(artifact, len(cpus), pinned=True) as every:
         assert os.sched_getaffinity(pinned._process.pid) == ({cpus[0]} if len(cpus) > 1 else set(cpus))
@@ -33,16 +34,16 @@ def test_pinned_to_as_many_cpus_as_threads(bundle: Bundle) -> None:
         assert os.sched_getaffinity(every._process.pid) == set(cpus)
 
 
-def test_siblings_of_a_core_come_last(tmp_path: Path) -> None:
+def test_pinned_to_the_fastest(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
-    for cpu in cpus:  # the first two share a core, each other has its own
-        folder = tmp_path / f"cpu{cpu}" / "topology"
-        folder.mkdir(parents=True)
-        siblings = cpus[:2] if cpu in cpus[:2] else [cpu]
-        (folder / "thread_siblings_list").write_text(",".join(map(str, siblings)) + "\n")
-    assert spread_cpus(tmp_path) == [cpus[0], *cpus[2:], cpus[1]]
+    for cpu in cpus:
+        (tmp_path / f"cpu{cpu}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "cpufreq" / "cpuinfo_max_freq").write_text("2400000\n" if cpu == cpus[-1] else "1800000\n")
+    monkeypatch.setattr(_cpus, "CPUS_SCRIPT", _cpus.CPUS_SCRIPT.replace("/sys/devices/system/cpu", str(tmp_path)))
+    with Session(bundle.artifact("onnx"), 1, pinned=True) as session:
+        assert os.sched_getaffinity(session._process.pid) == {cpus[-1]}
 
 
 def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
@@ -62,6 +63,11 @@ def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
     assert memory["peak_rss_mb"] > ready["runtime_rss_mb"]
     logits = np.fromfile(tmp_path / "out.f32", "<f4").reshape(len(inputs), -1)
     np.testing.assert_allclose(logits, bundle.golden_logits(artifact), atol=1e-4)
+
+
+def test_code_in_the_current_folder_is_not_run(bundle: Bundle, shadowed: None) -> None:
+    with Session(bundle.artifact("onnx"), 1) as session:
+        assert session.runtime == "onnxruntime"
 
 
 def test_images_are_divided_among_cpus(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

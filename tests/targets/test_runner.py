@@ -13,6 +13,7 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.native.build import RunnerFiles, build_runner
 from gcvit_edge.targets import Case, local
+from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets.runner import NativeRunner, Options, cases, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None and os.environ.get("CI") != "true", reason=missing() or "")
@@ -41,7 +42,7 @@ def test_same_bits_as_the_python_runtime(runner: RunnerFiles, pte_bundle: Bundle
 
 
 def test_threads_and_cpus(runner: RunnerFiles, artifact: Artifact) -> None:
-    device, cpus = NativeRunner(runner, Options()), local.spread_cpus()
+    device, cpus = NativeRunner(runner, Options()), fastest_here()
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
     with device.open(Case(artifact, "cpu"), 1, pinned=True) as one, device.open(Case(artifact, "cpu"), 2, pinned=False) as two:

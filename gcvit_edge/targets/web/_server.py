@@ -33,6 +33,7 @@ _HEADERS = {  # the first three: without them a page has no shared memory, and s
     "Cache-Control": "no-store",
 }
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
+_MAX_POST_BYTES = 16_000_000  # logits of four million classes
 _PING_SECONDS = 1  # between comments on an idle connection, by which one notices that the page is gone
 
 
@@ -86,10 +87,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
-        name, body = self._name(), self.rfile.read(int(self.headers["Content-Length"]))
+        name = self._name()  # first: of who does not know the address, nothing more is read
         if name not in ("answer", "logits"):
             self.send_error(404)
             return
+        size = int(self.headers["Content-Length"])
+        if not 0 <= size <= _MAX_POST_BYTES:
+            self.send_error(413)
+            return
+        body = self.rfile.read(size)
         self._page.answers.put(json.loads(body) if name == "answer" else body)
         self._send(b"", "text/plain")
 
