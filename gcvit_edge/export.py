@@ -16,7 +16,7 @@ from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_float
-from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.accuracy import finite_db, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, timing_entry
 from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
@@ -70,7 +70,7 @@ def export_float(
             with steps.step(f"{name}: export float"):
                 artifact = lower_float(name, network, info, stage)
             with Session(artifact, threads) as session:
-                parity = sqnr_db(session.infer(golden, lambda: None), expected)
+                parity = finite_db(sqnr_db(session.infer(golden, lambda: None), expected))
             if parity < MIN_FLOAT_PARITY_DB:
                 raise CheckFailed(f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected {MIN_FLOAT_PARITY_DB:.0f} dB or more")
             artifacts.append(artifact)

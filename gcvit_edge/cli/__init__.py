@@ -29,7 +29,7 @@ exit codes:
   1  internal error
   2  bad input: the message says what was got, what was expected and what to do; nothing was written
   3  made and checked, but an accuracy limit of the recipe is broken
-  4  a check failed: a changed bundle, a broken baseline, a device that fails; or a disk is full
+  4  a check failed: a changed bundle, a broken baseline, a device or backend that fails; or a disk is full
   5  an artifact gives other logits than its golden ones
   130  interrupted; nothing was written (train, int8_qat: the run so far, for --resume)
   141  who read the output has gone, as `| head` does
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             if result is None:
                 return 0
             if arguments.json:
-                print(json.dumps(result.data, indent=2), file=streams.out, flush=True)
+                print(json.dumps(result.data, indent=2, allow_nan=False), file=streams.out, flush=True)
             else:
                 console = Terminal(file=streams.out, emoji=False)
                 for shown in result.shown:

@@ -61,7 +61,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
         "--target", action="append", metavar="T",
         help=f"{', '.join(target_names())} (some take :ADDRESS), or a name from the devices file; may be given again (default: local)",
     )  # fmt: skip
-    parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if there is one)")
+    parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if it is needed)")
     parser.add_argument("--backend", nargs="+", metavar="B", help="only the artifacts of these backends (default: all)")
     add_threads(parser)
     for name, options in _target_options().items():
@@ -75,12 +75,12 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def devices(arguments: argparse.Namespace) -> "list[Device]":
     """The devices that `add_devices` asks for, checked."""
-    from gcvit_edge.measurement.devices import find_devices
+    from gcvit_edge.measurement.devices import find_devices, names_target
 
-    usual = Path("devices.yaml")
-    file = arguments.devices or (usual if usual.is_file() else None)
+    names, usual = arguments.target or ["local"], Path("devices.yaml")
+    wanted = not all(map(names_target, names)) and usual.is_file()
     options = {name: getattr(arguments, name) for name in _target_options() if getattr(arguments, name) is not None}
-    return find_devices(arguments.target or ["local"], file, arguments.threads, options)
+    return find_devices(names, arguments.devices or (usual if wanted else None), arguments.threads, options)
 
 
 def _target_options() -> "dict[str, dict[str, tuple[Field[Any], type]]]":

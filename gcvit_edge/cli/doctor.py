@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
 
     from gcvit_edge.cli import Result
     from gcvit_edge.doctor import examine
+    from gcvit_edge.errors import CheckFailed
     from gcvit_edge.progress import Steps
 
     data = examine(Steps(errors), quick=arguments.quick)
@@ -40,4 +41,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     features = Table("feature", "for", "here", title=f"{data['cpu']}, {data['cpus']} CPUs", title_justify="left")
     for feature in data["int8_features"]:
         features.add_row(feature["flag"], feature["meaning"], "[green]yes[/]" if feature["present"] else "[yellow]no[/]")
-    return Result(data, [packages, backends, targets, features, data["verdict"]])
+    failed = [f"{name} {state}" for name, state in data["backends"].items() if state.startswith("fails")]
+    error = CheckFailed("\n".join(failed)) if failed else None
+    return Result(data, [packages, backends, targets, features, data["verdict"]], error)

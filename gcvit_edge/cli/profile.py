@@ -24,7 +24,7 @@ float artifacts (quantize --keep-float) show both, and what INT8 saves and costs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .zip")
     parser.add_argument("--backend", required=True, metavar="B", help="whose artifact: executorch, openvino or onnx")
-    parser.add_argument("--etdump", type=Path, metavar="FILE", help="read this ETDump of the INT8 artifact instead of running it here")
+    parser.add_argument("--etdump", type=Path, metavar="FILE", help="read this ETDump of an artifact instead of running it here")
     add_threads(parser)
 
 

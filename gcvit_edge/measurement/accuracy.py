@@ -11,6 +11,7 @@ from gcvit_edge.errors import CheckFailed
 Logits = NDArray[np.float32]
 Classes = NDArray[np.int64]
 
+EQUAL_DB = 999.0  # stands for infinity, which JSON does not have
 _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -36,6 +37,11 @@ def sqnr_db(logits: Logits, reference: Logits) -> float:
     if not (math.isfinite(noise) and math.isfinite(signal)):
         return -math.inf
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def finite_db(level: float) -> float:
+    """An SQNR as JSON can hold it: 999 for infinity, -999 for minus infinity."""
+    return float(np.clip(level, -EQUAL_DB, EQUAL_DB))
 
 
 def paired_drop(reference: NDArray[np.bool_], changed: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
@@ -67,7 +73,8 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """top1, top5, agreement, worst_class_recall: fractions. drop_points, drop_ci95: percentage points, positive is worse."""
+    """top1, top5, agreement: fractions. drop_points, drop_ci95, worst_class_drop_points: percentage points, positive is worse.
+    sqnr_db: as `finite_db` has it."""
 
     top1: float
     top5: float
@@ -92,7 +99,7 @@ def compare(logits: Logits, reference: Logits, labels: Classes) -> Accuracy:
         drop_points=drop,
         drop_ci95=interval,
         agreement=agreement(logits, reference),
-        sqnr_db=sqnr_db(logits, reference),
+        sqnr_db=finite_db(sqnr_db(logits, reference)),
         worst_class_drop_points=drops[worst],
         worst_class=int(classes[worst]),
     )

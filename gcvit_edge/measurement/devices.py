@@ -23,6 +23,11 @@ class Device:
     threads: int | None
 
 
+def names_target(name: str) -> bool:
+    """Whether this is a target, with an address or without."""
+    return name.partition(":")[0] in target_names()
+
+
 def find_devices(names: Sequence[str], file: Path | None, threads: int | None, options: dict[str, Any]) -> list[Device]:
     """The device of each name: an entry of `file` (None: there is none), or a target such as `local` or `ssh:pi@board`.
 
@@ -34,7 +39,7 @@ def find_devices(names: Sequence[str], file: Path | None, threads: int | None, o
     """
     entries = read_devices(file) if file else {}
     for name in names:
-        if name not in entries and name.partition(":")[0] not in target_names():
+        if name not in entries and not names_target(name):
             raise unknown_name("device or target", name, [*entries, *target_names()])
     settings = [entries.get(name, {"target": name}) for name in names]
     takes = [{field.name for field in fields(load_target(parse_target(each["target"])[0]).Options)} for each in settings]
@@ -52,7 +57,7 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
     """Reads a devices.yaml: by device name, the `target`, and optionally `threads` and options of that target.
 
     Raises:
-        UserError: not readable, or not of that form.
+        UserError: not readable, not of that form, or a device has the name of a target.
     """
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -60,6 +65,8 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"cannot read devices file {file}: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("target"), str) for e in entries.values()):
         raise UserError(f"{file} is no devices file; write `NAME: {{target: ssh:pi@board, threads: 4}}`, one line a device")
+    for name in filter(names_target, map(str, entries)):
+        raise UserError(f"{file} gives the name {name!r} to a device, but that is a target; give the device another name")
     return {str(name): entry for name, entry in entries.items()}
 
 

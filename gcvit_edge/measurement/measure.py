@@ -13,9 +13,8 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Pixels, class_indices, decode_images, find_images
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.measurement.accuracy import Classes, Logits, compare, hits, wilson_interval
+from gcvit_edge.measurement.accuracy import Classes, Logits, check_baseline, compare, hits, wilson_interval
 from gcvit_edge.measurement.devices import Device
-from gcvit_edge.measurement.parity import finite_db
 from gcvit_edge.measurement.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.measurement.timing import Mode, Timing, time_sessions
 from gcvit_edge.progress import Advance, Steps
@@ -24,7 +23,7 @@ from gcvit_edge.targets import Case, Connection, Hold, Session, load_target, sid
 
 @dataclass(frozen=True)
 class _Site:
-    """A connected device. emulated: time says nothing there. failures: of cases that do not run there, in words."""
+    """A connected device. emulated: time says nothing there. failures: of cases there, in words."""
 
     device: Device
     connection: Connection
@@ -33,7 +32,7 @@ class _Site:
     failures: list[str] = field(default_factory=list)
 
     def note(self, case: Case, error: CheckFailed) -> None:
-        """A case does not run."""
+        """A case failed."""
         self.failures.append(f"{case.name}: {error}")
 
     @contextmanager
@@ -131,7 +130,9 @@ def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: A
         loaded: list[tuple[Case, Session]] = []
         for case in cases:
             with site.noted(case):
-                loaded.append((case, stack.enter_context(site.connection.open(case, site.threads, pinned=True))))
+                session = site.connection.open(case, site.threads, pinned=True)
+                stack.enter_context(site.noted(case))  # closing it may fail, which must not lose results
+                loaded.append((case, stack.enter_context(session)))
         if site.emulated:
             for case, session in loaded:
                 with site.noted(case):
@@ -177,9 +178,11 @@ def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, la
     threads = site.threads if at_once == 1 else 1
 
     def answer(case: Case, hold: Hold) -> tuple[Result, Logits] | None:
+        answered = None
         with site.noted(case), hold(site.connection.open(case, threads, pinned=False)) as session:
             logits = session.run(pixels, bundle.info.preprocessing, 0, len(pixels.kept), advance)
-            return _result(bundle, site, case, session, threads), logits
+            answered = _result(bundle, site, case, session, threads), logits
+        return answered  # though closing the session may have failed
 
     answers = [answered for answered in side_by_side(answer, cases, at_once) if answered is not None]
     reference = next((logits for result, logits in answers if result.precision == "float"), None)
@@ -190,8 +193,10 @@ def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, la
 
 
 def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accuracy:
-    right = int(hits(logits, labels, 1).sum())
-    against = compare(logits, reference, labels) if reference is not None else None
+    right, against = int(hits(logits, labels, 1).sum()), None
+    if reference is not None:
+        check_baseline(reference, labels)
+        against = compare(logits, reference, labels)
     return Accuracy(
         images=len(labels),
         top1=right / len(labels),
@@ -200,7 +205,7 @@ def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accu
         drop_points=against and against.drop_points,
         drop_ci95=against and against.drop_ci95,
         agreement=against and against.agreement,
-        sqnr_db=against and finite_db(against.sqnr_db),
+        sqnr_db=against and against.sqnr_db,
     )
 
 

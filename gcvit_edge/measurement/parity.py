@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.measurement.accuracy import EQUAL_DB, finite_db, sqnr_db
 
 # Float artifacts reproduce their golden logits on any machine; INT8 ones differ between instruction sets, by some 36 dB
 # (AVX2, AVX-512, NEON: each rounds and saturates elsewhere), while a wrong kernel is below 5 dB. The short floats were
@@ -19,7 +19,6 @@ MIN_SQNR_DB: dict[Arithmetic, float] = {
     "float": 80.0, "fp16": 80.0, "bf16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "int8": 20.0,
     "w4a8": 20.0,
 }  # fmt: skip
-EQUAL_DB = 999.0  # stands for infinity, which JSON does not have
 
 
 class Parity(BaseModel):
@@ -42,11 +41,6 @@ class Parity(BaseModel):
         """For people: `to 36.2 dB (at least 20), top class the same`."""
         level = "exactly" if self.equal else f"to {self.sqnr_db:.1f} dB (at least {self.minimum_db:.0f})"
         return level + (", top class the same" if self.same_top1 == 1 else f", top class the same in {self.same_top1:.0%}")
-
-
-def finite_db(level: float) -> float:
-    """An SQNR as JSON can hold it: 999 for infinity."""
-    return float(np.clip(level, -EQUAL_DB, EQUAL_DB))
 
 
 def check_parity(logits: NDArray[np.float32], golden: NDArray[np.float32], *arithmetic: Arithmetic) -> Parity:

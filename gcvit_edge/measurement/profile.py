@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Operator:
 
 
 def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: Path | None, steps: "Steps") -> dict[str, Any]:
-    """Operators of a backend's artifacts by time, and a verdict. etdump: read this profile instead of running the INT8 artifact here.
+    """Operators of a backend's artifacts by time, and a verdict. etdump: read this profile, of any device, instead of running them here;
+    such a file does not say how many threads there were, nor of what precision it is, unless its name does (`profile_file`).
 
     Raises:
         UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch.
@@ -51,18 +53,20 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         raise UserError(f"the bundle has no artifact of backend {backend!r}; it has {have}")
     if etdump and (backend != "executorch" or not etdump.is_file()):
         raise UserError(f"--etdump needs the profile of an ExecuTorch artifact, got {etdump} for backend {backend!r}")
-    threads, image = resolve_threads(threads), bundle.golden_input()[:1]
+    if etdump and threads is not None:
+        raise UserError(f"--etdump reads what was measured before, so --threads {threads} has no effect; leave one of them out")
     profiles: dict[str, Any] = {}
-    precisions = sorted(artifacts, key=lambda precision: precision != "float")
-    for precision in precisions[-1:] if etdump else precisions:
-        with steps.step(f"profile {backend}.{precision}"):
-            if etdump:
-                from gcvit_edge.backends.executorch import read_etdump
+    if etdump:
+        from gcvit_edge.backends.executorch import read_etdump
 
-                operators, calls = read_etdump(etdump)
-            else:
-                operators, calls = load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS)
-        profiles[precision] = summarize(operators, calls)
+        threads, named = None, etdump.stem.rpartition(".")[2]
+        with steps.step(f"read {etdump.name}"):
+            profiles[named if named in ("float", *get_args(Precision)) else etdump.name] = summarize(*read_etdump(etdump))
+    else:
+        threads, image = resolve_threads(threads), bundle.golden_input()[:1]
+        for precision in sorted(artifacts, key=lambda precision: precision != "float"):
+            with steps.step(f"profile {backend}.{precision}"):
+                profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
     return {
         "model": bundle.info.name,
         "backend": backend,
@@ -112,7 +116,7 @@ def verdict(quantized: dict[str, Any], reference: dict[str, Any] | None) -> list
         calls = quantized["delegate_calls"]
         lines.append(f"{calls} delegate call{'s' if calls != 1 else ''}, {share:.0%} of the time inside.")
     if reference is None:
-        return [*lines, "Without the float artifact in the bundle (quantize --keep-float) there is nothing to compare with."]
+        return [*lines, "Without a profile of the float artifact (quantize --keep-float) there is nothing to compare with."]
     before = reference["total_ms"]
     saved = reference["kinds"]["matrix"]["ms"] - matrix
     added = overhead - reference["kinds"]["quantization"]["ms"] - reference["kinds"]["layout"]["ms"]

@@ -84,7 +84,7 @@ class Run(_Part):
     emulated: bool = Field(description="numbers are right or wrong here, but times would say nothing")
     machine: Machine | None = Field(description="absent if the device could not be reached")
     results: tuple[Result, ...]
-    error: str | None = Field(default=None, description="why the device, or some artifacts on it, gave no results")
+    error: str | None = Field(default=None, description="what failed on the device; results are of what did not")
 
 
 class Report(_Part):

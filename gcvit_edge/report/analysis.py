@@ -98,7 +98,7 @@ def write_analysis(report: dict[str, Any], folder: Path) -> list[str]:
     from gcvit_edge.report.plots import pareto_plot, ranges_plot, save, sensitivity_plot
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / JSON).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     names = [JSON, *save(ranges_plot(report), folder / "ranges")]
     for entry in report["backends"]:
         names += save(sensitivity_plot(report, entry), folder / f"sensitivity.{entry['backend']}")

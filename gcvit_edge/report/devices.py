@@ -41,7 +41,7 @@ def accuracy_table(report: Report) -> Table:
 
 
 def _failed(run: Run) -> str:
-    return "[red]others failed[/]" if run.results else "[red]failed[/]"
+    return "[red]failed in part[/]" if run.results else "[red]failed[/]"
 
 
 def _table(report: Report, what: str) -> Table:

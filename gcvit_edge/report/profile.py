@@ -14,13 +14,11 @@ SHOWN = 16
 def profile_table(report: dict[str, Any]) -> Table:
     """Time by kind, then by operator, with float beside INT8 where the bundle has it; fits 100 columns."""
     profiles = report["profiles"]
-    table = Table(
-        title=f"{escape(report['model'])}, {report['backend']}, {report['threads']} threads:\nms of one inference (number of operators)",
-        title_justify="left", box=box.SIMPLE,
-    )  # fmt: skip
+    what = ", ".join([escape(report["model"]), report["backend"], *([f"{report['threads']} threads"] if report["threads"] else [])])
+    table = Table(title=f"{what}:\nms of one inference (number of operators)", title_justify="left", box=box.SIMPLE)
     table.add_column("")
     for precision in profiles:
-        table.add_column(precision, justify="right")
+        table.add_column(escape(precision), justify="right")
     table.add_row("all", *(f"{each['total_ms']:.2f}" for each in profiles.values()), style="bold", end_section=True)
     for kind, meaning in KINDS.items():
         table.add_row(meaning, *(f"{each['kinds'][kind]['ms']:.2f} ({each['kinds'][kind]['count']})" for each in profiles.values()))

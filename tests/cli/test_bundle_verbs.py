@@ -113,6 +113,14 @@ def test_evaluate_refuses(command: Command, bundle: Path, tmp_path: Path) -> Non
     assert "no class of the model: purple" in command.refuses("evaluate", bundle, "--data", "val")
 
 
+def test_evaluate_of_a_baseline_that_guesses_is_exit_4(command: Command, bundle: Path, tiny: Tiny, tmp_path: Path) -> None:
+    for image, name in zip(("blue", "green", "red", "yellow"), ("green", "red", "yellow", "blue"), strict=True):
+        shutil.copytree(tiny.evaluation / image, tmp_path / "val" / name)
+    outcome = command("evaluate", bundle, "--data", "val")
+    assert outcome.code == 4
+    assert "the float model's top-1 is 0.0% on 40 images, no better than guessing (25.0%)" in outcome.err
+
+
 def test_benchmark_of_two_devices_side_by_side(command: Command, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "devices.yaml").write_text("one: {target: local, threads: 1}\n")
     outcome = command("benchmark", bundle, "--target", "one", "--target", "local", "--json")
@@ -131,6 +139,14 @@ def test_benchmark_of_two_devices_side_by_side(command: Command, bundle: Path, t
     shown = command("benchmark", bundle, "--threads", 1).out
     assert "p90" in shown
     assert "; 1 thread" in shown
+
+
+def test_a_devices_yaml_that_is_not_asked_for_is_not_read(command: Command, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "devices.yaml").write_text("something else of the user's\n")
+    for options in ([], ["--target", "local"]):
+        outcome = command("benchmark", bundle, *options, "--threads", 1, "--backend", "onnx", "--json")
+        assert outcome.code == 0, outcome.err
+    assert "devices.yaml is no devices file" in command.refuses("benchmark", bundle, "--target", "board")
 
 
 def test_a_fast_wrong_answer_is_exit_5(command: Command, bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import Command, gcvit
 
-from gcvit_edge.cli import main
+from gcvit_edge.cli import Result, main
 from gcvit_edge.recipe import recipe_text
 
 VERBS = (
@@ -133,6 +133,12 @@ def test_a_full_disk_is_no_internal_error(command: Command, monkeypatch: pytest.
     assert capfd.readouterr().err == ""
 
 
+def test_what_json_does_not_have_is_never_printed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcvit_edge.cli.recipes.run", lambda *_: Result({"db": float("inf")}, []))
+    outcome = command("recipes", "list", "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+
+
 # recipes
 
 
@@ -168,3 +174,11 @@ def test_doctor_quick(command: Command) -> None:
     assert set(outcome.json["backends"].values()) == {"not tried"}
     assert outcome.json["cpus"] >= 1
     assert outcome.json["targets"]["local"] == "available"
+
+
+def test_doctor_of_a_backend_that_fails_is_exit_4(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcvit_edge.doctor.backend_names", lambda: ["onnx", "tensorrt"])
+    outcome = command("doctor", "--json")
+    assert outcome.code == 4
+    assert outcome.json["backends"]["onnx"].startswith("works")
+    assert outcome.err.splitlines()[-1].startswith("error: tensorrt fails: UserError: unknown backend 'tensorrt'")

@@ -126,6 +126,13 @@ def test_compare() -> None:
     assert accuracy.worst_class_drop_points == pytest.approx(50.0)
 
 
+@pytest.mark.parametrize(("value", "expected"), [(3, 999), (math.nan, -999), (math.inf, -999)])
+def test_sqnr_of_a_comparison_is_finite(value: float, expected: float) -> None:
+    logits = LOGITS.copy()
+    logits[0, 0] = value  # 3: as it was
+    assert compare(logits, LOGITS, np.array([0, 3, 1])).sqnr_db == expected
+
+
 def test_worst_class_is_the_class_itself_when_classes_are_missing() -> None:
     labels = np.array([3, 3, 7, 7])
     reference = one_hot([3, 3, 7, 7], 9)

@@ -56,7 +56,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_name_in_the_file_goes_before_a_target(file: Path) -> None:
+def test_names_in_the_file_and_targets(file: Path) -> None:
     desk, local = find_devices(["desk", "local"], file, None, {})
     assert (desk.name, desk.target, desk.address, desk.threads, desk.options.card_dir) == ("desk", "board", "pi@desk", 3, "/data")
     assert (local.name, local.target, local.address, local.threads) == ("local", "local", "", None)
@@ -98,6 +98,8 @@ def test_requests_that_are_refused(names: list[str], options: dict[str, str], me
         ("desk: {target: 'board:a', threads: 0}", "threads must be at least 1, got 0"),
         ("desk: {target: 'board:a', blink: [1]}", "device desk: blink: "),
         ("desk: {target: 'bord:a'}", "unknown target 'bord'; did you mean 'board'?"),
+        ("desk: {target: local}\nlocal: {target: 'board:a'}", "gives the name 'local' to a device, but that is a target; give the device"),
+        ("desk: {target: local}\n'board:pi': {target: local}", "gives the name 'board:pi' to a device"),
         ("desk: ssh", "is no devices file"),
         ("- desk", "is no devices file"),
         ("a: {b", "cannot read devices file"),

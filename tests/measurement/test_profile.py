@@ -15,6 +15,7 @@ from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.report.profile import profile_table
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
 
@@ -46,6 +47,20 @@ def test_profile_of_a_bundle_without_golden_input(bundle: Bundle, tmp_path: Path
     shutil.rmtree(copy / "golden")
     with pytest.raises(CheckFailed, match=r"golden/input\.npy is missing from the bundle; get the bundle again"):
         profile_bundle(open_bundle(copy), "onnx", 1, None, Steps())
+
+
+def test_profile_of_another_device(pte_bundle: Bundle, tmp_path: Path) -> None:
+    from executorch.extension.pybindings import portable_lib
+
+    module = portable_lib._load_for_executorch(str(pte_bundle.artifact("executorch").path), enable_etdump=True)
+    module.forward([torch.from_numpy(pte_bundle.golden_input()[:1])])
+    module.write_etdump_result_to_file(str(tmp_path / "dump"), str(tmp_path / "debug.bin"))
+    for name, claimed in {"model.float.etdump": "float", "model.int8.etdump": "int8", "mine.etdump": "mine.etdump"}.items():
+        shutil.copy(tmp_path / "dump", tmp_path / name)
+        report = profile_bundle(pte_bundle, "executorch", None, tmp_path / name, Steps())
+        assert (report["threads"], list(report["profiles"])) == (None, [claimed])
+        assert report["profiles"][claimed]["total_ms"] > 0
+        assert str(profile_table(report).title).startswith("gcvit_custom, executorch:\n")
 
 
 def summary(integer_ms: float, float_ms: float, rounding_ms: float, other_ms: float) -> dict:
