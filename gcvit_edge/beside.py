@@ -31,7 +31,9 @@ class FloatArtifacts:
         save_checkpoint(model, info, checkpoint, half=False)
         self._folder = folder
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by close()
-        command = [sys.executable, "-m", "gcvit_edge.beside", *(str(path.resolve()) for path in (checkpoint, folder, self._list)), *names]
+        files = (str(path.resolve()) for path in (checkpoint, folder, self._list))
+        # -P: nothing is imported from the current folder, which may hold an onnx.py of the user's own
+        command = [sys.executable, "-P", "-m", "gcvit_edge.beside", *files, *names]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
 
     def wait(self) -> list[Artifact]:

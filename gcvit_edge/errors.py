@@ -17,7 +17,7 @@ class LimitBroken(Exception):
 
 
 class CheckFailed(Exception):
-    """An artifact or a bundle is not what it claims: a changed file, a broken baseline; or a device failed. Exit code 4."""
+    """An artifact or a bundle is not what it claims: a changed file, a broken baseline; or a device or backend failed. Exit code 4."""
 
     exit_code = 4
 

@@ -57,6 +57,16 @@ def onnxruntime_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "9.8.7"
 
 
+@pytest.fixture
+def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has files with the names of what our processes import; to import one is an error."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    for name in ("gcvit_edge", "numpy", "onnx", "pip", "profile"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(folder)
+
+
 def _perturb(model: GCViT) -> GCViT:
     """Randomises what initialisation leaves at 0, at 1 or tiny, so that no folded term can be lost unnoticed."""
     generator = torch.Generator().manual_seed(1)

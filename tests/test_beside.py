@@ -27,6 +27,12 @@ def test_the_same_files(tmp_path: Path) -> None:
         assert [sha256(file) for file in artifact.files] == [sha256(file) for file in expected.files]
 
 
+def test_code_in_the_current_folder_is_not_run(tmp_path: Path, shadowed: None) -> None:
+    model, info = load_model(str(make_tiny(tmp_path).weights))
+    with closing(FloatArtifacts(model, info, ["onnx"], tmp_path, tmp_path)) as beside:
+        assert [artifact.name for artifact in beside.wait()] == ["onnx.float"]
+
+
 def test_a_failure_says_why(tmp_path: Path) -> None:
     model, info = load_model(str(make_tiny(tmp_path).weights))
     with (

@@ -1,10 +1,12 @@
 """An opened bundle: its artifacts, what they predict, whether they are what was shipped."""
 
+import errno
 import json
+import lzma
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +24,15 @@ from gcvit_edge.measurement.parity import Parity, check_parity
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.targets.local import Session, default_threads
 
+_MAX_MANIFEST_BYTES = 2**24  # labels of 20,000 classes take half a million
+
 
 class Bundle:
-    """An opened bundle. root: its folder. manifest: the validated bundle.json."""
+    """An opened bundle. root: its folder. manifest: the validated bundle.json. left_out: files of a zip that the manifest does not list,
+    so they were not unpacked."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.root, self.manifest = root, manifest
+    def __init__(self, root: Path, manifest: Manifest, left_out: Sequence[str] = ()) -> None:
+        self.root, self.manifest, self._left_out = root, manifest, left_out
 
     @property
     def info(self) -> ModelInfo:
@@ -157,7 +162,8 @@ class Bundle:
         unlisted = {GOLDEN_INPUT, *(golden_output(artifact) for artifact in self.artifacts)} - listed
         if unlisted:
             raise CheckFailed(f"bundle.json does not list {', '.join(sorted(unlisted))}, which every bundle has; get the bundle again")
-        extra = sorted({p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()} - listed)
+        held = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()}
+        extra = sorted(held.union(self._left_out) - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
 
@@ -192,27 +198,44 @@ def open_bundle(path: str | Path) -> Bundle:
     Hashes are not checked; call `verify()` for that.
 
     Raises:
-        UserError: there is no bundle, or its manifest is not valid or of a newer format.
+        UserError: there is no bundle, its manifest is not valid or of a newer format, or the zip is damaged.
+        CheckFailed: a file of the zip is larger than its manifest says.
+        OSError: there is no room to unpack the zip.
     """
     path = Path(path)
     if path.is_file() and zipfile.is_zipfile(path):
-        root = _unpack(path)
-    elif path.is_dir():
-        root = path
-    else:
-        raise UserError(f"{path} is no bundle; give a folder or zip that gcvit-edge quantize or export made")
-    return Bundle(root, read_manifest(root, path))
+        return _unpack(path)
+    if path.is_dir():
+        return Bundle(path, read_manifest(path, path))
+    raise UserError(f"{path} is no bundle; give a folder or zip that gcvit-edge quantize or export made")
 
 
 _unpacked: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def _unpack(path: Path) -> Path:
+def _unpack(path: Path) -> Bundle:
     folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-")
     _unpacked.append(folder)
+    root = Path(folder.name)
     try:
         with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder.name)  # keeps members inside the folder
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            _extract(archive, MANIFEST, _MAX_MANIFEST_BYTES, root)
+            manifest = read_manifest(root, path)
+            for file in manifest.files:
+                _extract(archive, file.path, file.size_bytes, root)
+            listed = {MANIFEST, *(file.path for file in manifest.files)}
+            return Bundle(root, manifest, [name for name in archive.namelist() if name not in listed and not name.endswith("/")])
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # nothing is wrong with the bundle
         raise UserError(f"{path} is damaged ({error}); get the bundle again") from error
-    return Path(folder.name)
+
+
+def _extract(archive: zipfile.ZipFile, name: str, most: int, root: Path) -> None:
+    """Unpacks a file of at most so many bytes: a small zip may hold more than a disk does. One that is missing is for `verify`."""
+    if name not in archive.namelist():
+        return
+    found = archive.getinfo(name).file_size  # zipfile unpacks no more than that
+    if found > most:
+        raise CheckFailed(f"{name} in {archive.filename} has {found} bytes, expected at most {most}; get the bundle again")
+    archive.extract(name, root)

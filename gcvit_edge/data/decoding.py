@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,23 +48,27 @@ def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path,
 
     Raises:
         UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
+        OSError: the disk is full. Were the file mapped to write it, that would end the process.
     """
-    height, width = preprocessing.size
-    out = np.lib.format.open_memmap(file, "w+", np.uint8, (len(images.files), height, width, 3))
     kept, skipped = [], []
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, file.open("wb") as out:
+        _write_header(out, len(images.files), preprocessing)
         for position, pixels in enumerate(pool.map(decoder(images.root, preprocessing.pixels), images.files)):
             advance()
             if pixels is None:
                 skipped.append(images.files[position])
             else:
-                out[len(kept)] = pixels
+                out.write(pixels.tobytes())
                 kept.append(position)
-    _check_skipped(images, skipped)
-    out.flush()
-    if skipped:
-        np.save(file, np.array(out[: len(kept)]))
+        _check_skipped(images, skipped)
+        out.seek(0)
+        _write_header(out, len(kept), preprocessing)
     return Pixels(file, np.array(kept, np.int64), tuple(skipped))
+
+
+def _write_header(out: IO[bytes], count: int, preprocessing: Preprocessing) -> None:
+    """Of an .npy; it has the same length for any count: NumPy leaves room for the first axis to grow."""
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": (count, *preprocessing.size, 3)})
 
 
 def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: None) -> NDArray[np.int64]:

@@ -105,16 +105,15 @@ def _names_in(archive: Path, purpose: str) -> list[str]:
 
 
 def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
-    """Class index of every image, from its class folder: the folder or the name of a label.
+    """Class index of every image, from its class folder: the folder of a label, else the name of one.
 
     Raises:
-        UserError: images without a class folder, or a folder that is no class of the model.
+        UserError: images without a class folder, or a folder that is no class of the model, or more than one.
     """
     if "" in images.classes:
         stray = images.files[images.classes.index("")]
         raise UserError(f"{images.root} has images outside class folders, such as {stray}; lay them out as class/image")
-    index = {name.replace("/", "_"): i for i, name in enumerate(labels.names)}
-    index |= {folder: i for i, folder in enumerate(labels.folders)}
+    index = _positions(name.replace("/", "_") for name in labels.names) | _positions(labels.folders)
     unknown = sorted(set(images.classes) - set(index))
     if unknown:
         guess = nearest(unknown[0], index)
@@ -125,4 +124,18 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
             + (", ..." if len(labels.folders) > 10 else "")
             + ". Rename the folders, or give the class names with --labels"
         )
-    return np.array([index[name] for name in images.classes], np.int64)
+    for name in sorted(set(images.classes)):
+        if len(index[name]) > 1:
+            raise UserError(
+                f"{images.root} has the folder {name!r}, but the model's classes {' and '.join(map(str, index[name]))} have this name; "
+                "give every class a folder of its own, and --labels with a line `folder<TAB>name` for each"
+            )
+    return np.array([index[name][0] for name in images.classes], np.int64)
+
+
+def _positions(names: Iterable[str]) -> dict[str, list[int]]:
+    """Where each name is, counted from 0; some are there more than once."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for position, name in enumerate(names):
+        found[name].append(position)
+    return dict(found)

@@ -144,7 +144,7 @@ def executorch_package(architecture: str) -> Path:
 
     def unpack(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as work:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
+            pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
             _run([*pip, f"--platform={wheel}", f"--dest={work}", requirement], f"download {requirement} for {wheel}")
             with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
                 wanted = ("executorch/include/", "executorch/lib/", "executorch/share/")

@@ -14,6 +14,7 @@ import gcvit_edge
 from gcvit_edge import Bundle, export_float, open_bundle
 from gcvit_edge.data import Preprocessing, find_images, read_image, read_preprocessing
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
+from gcvit_edge.report.card import model_card
 
 # what is in it
 
@@ -105,6 +106,15 @@ def test_model_card_shows_the_measured_numbers(bundle: Bundle) -> None:
     assert bundle.info.origin.licence in card
     assert "{{" not in card
     assert "{%" not in card
+
+
+def test_model_card_names_the_precision(bundle: Bundle) -> None:
+    (entry,) = bundle.report["artifacts"]
+    card = model_card(bundle.info, bundle.report | {"artifacts": [entry | {"precision": "fp16"}]}, bundle.manifest.requirements)
+    assert card.startswith("---\nlibrary_name: ")
+    assert "\ntags: [gcvit, image-classification, fp16]\n" in card
+    assert "| ms p50, FP16 / float |" in card
+    assert "int8" not in card.replace(entry["file"], "").lower()
 
 
 def test_onnx_metadata_carries_labels_and_preprocessing(bundle: Bundle) -> None:

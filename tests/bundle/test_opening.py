@@ -1,10 +1,11 @@
 """What opening a bundle refuses, folder or zip."""
 
+import errno
 import zipfile
 from pathlib import Path
 
 import pytest
-from bundles import edit_manifest
+from bundles import FILES, edit_manifest, listing
 from images import zipped
 from tiny import Tiny
 
@@ -109,7 +110,7 @@ def test_truncated_zip(bundle: Bundle, tmp_path: Path) -> None:
         open_bundle(file)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_zip_with_damaged_content(method: int, bundle: Bundle, tmp_path: Path) -> None:
     file = zipped(bundle.root, tmp_path / "bundle.zip", method)
     with zipfile.ZipFile(file) as archive:
@@ -128,5 +129,40 @@ def test_zip_members_stay_inside(bundle: Bundle, tmp_path: Path) -> None:
         archive.writestr("../../escaped.txt", "x")
     opened = open_bundle(file)
     assert not list(opened.root.parent.glob("escaped.txt"))
-    with pytest.raises(CheckFailed, match=r"does not list: escaped\.txt"):
+    with pytest.raises(CheckFailed, match=r"does not list: \.\./\.\./escaped\.txt"):
         opened.verify()
+
+
+def test_zip_members_that_are_not_listed_are_not_unpacked(bundle: Bundle, tmp_path: Path) -> None:
+    file = zipped(bundle.root, tmp_path / "bundle.zip")
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("golden/large.bin", bytes(10**7))
+    opened = open_bundle(file)
+    assert listing(opened.root) == FILES
+    with pytest.raises(CheckFailed, match=r"does not list: golden/large\.bin"):
+        opened.verify()
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "model.int8.onnx"])
+def test_zip_members_are_no_larger_than_listed(name: str, copy: Path) -> None:
+    with (copy / name).open("ab") as file:
+        file.write(b" " * 2**24)
+    size = (copy / name).stat().st_size
+    with pytest.raises(CheckFailed, match=rf"^{name} in .*mine\.zip has {size} bytes, expected at most \d+; get the bundle again"):
+        open_bundle(zipped(copy, copy.parent / "mine.zip"))
+
+
+def test_zip_without_a_listed_file(copy: Path) -> None:
+    (copy / "report.json").unlink()
+    with pytest.raises(CheckFailed, match=r"report\.json is missing from the bundle"):
+        open_bundle(zipped(copy, copy.parent / "mine.zip")).verify()
+
+
+def test_no_room_to_unpack_a_zip(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = zipped(bundle.root, tmp_path / "bundle.zip")
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(OSError, match="No space left on device"):  # of which the command line makes exit code 4
+        open_bundle(file)

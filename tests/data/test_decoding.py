@@ -1,6 +1,7 @@
 """Decoding: every image, or a message that names those that do not decode."""
 
 import io
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,30 @@ def test_an_unreadable_image_is_skipped_and_named(photos: Path, tmp_path: Path) 
     assert pixels.load().shape == (23, 8, 8, 3)
     np.testing.assert_array_equal(pixels.load()[5], SMALL.pixels(Image.open(photos / images.files[6])))
     np.testing.assert_array_equal(pixels.load()[22], SMALL.pixels(Image.open(photos / images.files[23])))
+
+
+def test_pixels_are_not_mapped_while_they_are_written(photos: Path, tmp_path: Path) -> None:
+    maps: list[str] = []  # with a full disk, to write to one ends the process
+    file = tmp_path / "p.npy"
+    decode_images(find_images(photos, "evaluation"), SMALL, file, lambda: maps.append(Path("/proc/self/maps").read_text()))
+    assert len(maps) == 24
+    assert not any(str(file) in each for each in maps)
+
+
+def test_a_skipped_image_does_not_bring_the_others_into_memory(photos: Path, tmp_path: Path) -> None:
+    images, large = find_images(photos, "evaluation"), Preprocessing(size=(128, 128), resize=128)
+    (photos / images.files[5]).write_bytes(b"not an image")
+    ticks = iter(images.files)
+
+    def advance() -> None:
+        if next(ticks) == images.files[-1]:  # all others are written
+            tracemalloc.start()
+
+    pixels = decode_images(images, large, tmp_path / "p.npy", advance)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pixels.load().nbytes == 23 * 128 * 128 * 3
+    assert peak < pixels.load().nbytes / 4
 
 
 def test_too_many_unreadable_images_are_an_error(photos: Path, tmp_path: Path) -> None:

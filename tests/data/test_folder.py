@@ -118,6 +118,17 @@ def test_class_indices_by_folder_and_by_name() -> None:
     assert class_indices(image_folder("T-shirt_top", "n0"), shirts).tolist() == [1, 0]
 
 
+def test_a_folder_that_is_two_classes() -> None:
+    labels = Labels.of(["crane", "tench", "crane"])  # as ImageNet's: a bird, and a machine
+    assert class_indices(image_folder("tench"), labels).tolist() == [1]
+    with pytest.raises(UserError, match=r"folder 'crane', but the model's classes 0 and 2 have this name; .* `folder<TAB>name`"):
+        class_indices(image_folder("tench", "crane"), labels)
+    told_apart = Labels(names=labels.names, folders=("crane", "tench", "machine"))
+    assert class_indices(image_folder("crane", "machine"), told_apart).tolist() == [0, 2]
+    with pytest.raises(UserError, match="folder 'crane'"):
+        class_indices(image_folder("crane"), Labels(names=labels.names, folders=("n0", "n1", "n2")))
+
+
 def test_unknown_folder_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"1 folders that are no class of the model: tullips \(did you mean 'tulips'\?\)"):
         class_indices(image_folder("tulips", "tullips"), Labels.of(["daisy", "roses", "tulips"]))
