@@ -105,6 +105,18 @@ def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     return [entry(row, artifact, each, logits, bed) for artifact, each in zip(artifacts, logits, strict=True)]
 
 
+def check_rows(entries: list[dict[str, Any]], bed: Bed, file: Path | None) -> None:
+    """Refuses to add to rows that were measured against another float model or on other images."""
+    for each in entries:
+        every = next(row.every for row in ROWS if row.name == each["row"])
+        if each["images"] != len(bed.classes[::every]) or each["float_top1"] != float_top1(bed, every):
+            raise SystemExit(f"{file} has rows of other --weights or --eval, such as {each['row']!r}; give another --json")
+
+
+def float_top1(bed: Bed, every: int) -> float:
+    return round(float(hits(bed.reference[::every], bed.classes[::every], 1).mean()), 6)
+
+
 def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits], bed: Bed) -> dict[str, Any]:
     """One line of the result. cross: agreement with the other runtimes' artifacts of the row, the lowest."""
     reference, classes = bed.reference[:: row.every], bed.classes[:: row.every]
@@ -114,7 +126,7 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "row": row.name,
         "backend": artifact.backend,
         "images": len(classes),
-        "float_top1": round(float(hits(reference, classes, 1).mean()), 6),
+        "float_top1": float_top1(bed, row.every),
         "top1": round(accuracy.top1, 6),
         "drop_points": round(accuracy.drop_points, 4),
         "drop_ci95": [round(end, 4) for end in accuracy.drop_ci95],
@@ -164,6 +176,7 @@ def main() -> None:
             reference = run_artifacts([artifact], pixels, preprocessing, advance)[0]
         check_baseline(reference, classes)
         bed = Bed(job.model, job.info, arguments.train, pixels, classes, reference, steps)
+        check_rows(entries, bed, arguments.json)
         order = [row.name for row in ROWS]
         for row in ROWS:
             if (arguments.only is None or row.name in arguments.only) and row.name not in {each["row"] for each in entries}:

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle.output import check_output
-from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, find_images
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, find_images
 from gcvit_edge.errors import UserError
-from gcvit_edge.measurement.accuracy import images_that_show
+from gcvit_edge.measurement.accuracy import images_that_show, images_to_judge
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.model.variants import check_takes_rgb, variant_config
 from gcvit_edge.recipe import Limits, Recipe, Search, parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import validate
@@ -32,7 +33,8 @@ MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
 class Job:
     """A checked request: everything that can be wrong with the input has been looked at, and nothing was written.
 
-    ranking, held_out: images that neither calibrate nor evaluate, by which layers are ranked and a search judges.
+    ranking: images by which layers are ranked, which do not calibrate where --calib has more than the recipe wants. held_out: images that
+    neither calibrate nor evaluate, by which a search judges.
     """
 
     recipe: Recipe
@@ -97,24 +99,21 @@ def plan(
     if sample and parsed.search:  # which wants more images than calibration does
         calib = calib or resource_dir("calib") / "train.zip"
     calib, eval = _image_folders(sample, calib, eval)
-    if calib.resolve() == eval.resolve():
-        raise UserError(
-            f"--calib and --eval are both {calib}; accuracy on images that were quantized by says too little, so give other images to one "
-            "of them"
-        )
+    check_apart("--calib", calib, eval, "quantized by says too little")
     train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
-    if network.config.in_chans != 3:
-        raise UserError(
-            f"the model takes {network.config.in_chans} channels, and images are read as RGB; quantize calibrates and measures on images, "
-            "so it is for models of 3 channels"
-        )
+    check_takes_rgb(network.config)
     if eval_images is not None:
         if eval_images < 1:
             raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {eval}")
         evaluation = evaluation.select(eval_images, parsed.calibration.seed)
     classes = class_indices(evaluation, info.labels)
+    if len(classes) < (needed := images_to_judge(network.config.num_classes)):
+        raise UserError(
+            f"{eval} has {len(classes)} evaluation images; to tell a model of {network.config.num_classes} classes from guessing takes "
+            f"{needed}, and to see what INT8 costs a thousand; give more"
+        )
     if len(calibration.files) < MIN_CALIBRATION_IMAGES:
         raise UserError(
             f"{calib} has {len(calibration.files)} calibration images; give at least {MIN_CALIBRATION_IMAGES}, "
@@ -199,11 +198,7 @@ def _training_folder(recipe: Recipe, sample: bool, train: str | Path | None, eva
                 "a class, and other images than --eval; some thousand are plenty"
             )
         train = resource_dir("calib") / "train.zip"
-    if Path(train).resolve() == eval.resolve():
-        raise UserError(
-            f"--train and --eval are both {train}; accuracy on images that were trained on says nothing, so give other "
-            "images to one of them"
-        )
+    check_apart("--train", Path(train), eval, "trained on says nothing")
     return Path(train)
 
 
@@ -244,7 +239,6 @@ def _resolve_model(
     evaluation: ImageFolder,
 ) -> "tuple[GCViT, ModelInfo]":
     from gcvit_edge.model.create import describe_model, load_model
-    from gcvit_edge.model.variants import variant_config
 
     if isinstance(model, str):
         variant_config(model)  # an unknown name is reported before anything else
@@ -254,6 +248,7 @@ def _resolve_model(
             raise UserError("weights and num_classes are for models by name; the network that was given has its own, so leave them out")
         if model.head is None:
             raise UserError("the network has no classifier head; quantization needs one, so create it with num_classes > 0")
+        _check_weights(model)
         by_folder = Labels.of(folders) if len(folders) == model.config.num_classes else None
         return model, describe_model(model, labels or by_folder, preprocessing)
     if weights is None:
@@ -264,6 +259,15 @@ def _resolve_model(
         # no names anywhere: the order of the folders, as torchvision's ImageFolder has it
         info = info.model_copy(update={"labels": Labels.of(folders)})
     return network, info
+
+
+def _check_weights(network: "GCViT") -> None:
+    """Those of a network that was given are as they are in a checkpoint that was read."""
+    for name, value in network.state_dict().items():
+        if str(value.device) != "cpu" or str(value.dtype) != "torch.float32":
+            raise UserError(f"the network has {name} in {value.dtype} on {value.device}; quantization starts from .float().cpu()")
+        if not value.isfinite().all():
+            raise UserError(f"the network holds nan or inf in {name}: the run that made it diverged")
 
 
 def describe_plan(job: Job) -> dict[str, Any]:

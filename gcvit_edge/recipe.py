@@ -63,6 +63,8 @@ class Recipe(Section):
             raise ValueError(f"`rounding: adaptive` is for linears and convolutions, not for {self._contents()}; leave it out")
         if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
             raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
+        if self.bias_correction and self.rounding == "adaptive":
+            raise ValueError("`rounding: adaptive` leaves no mean error for `bias_correction`; leave out the one or the other")
         activations = sorted({"attention", "residual"} & set(self.operators))
         if activations and self.precision not in INTEGER_ACTIVATIONS:
             raise ValueError(

@@ -82,6 +82,7 @@ def test_recipes_do_not_change() -> None:
         ({"rounding": "adaptive", "qat": {}}, "`qat` trains weights as they are rounded to the nearest; leave out `rounding: ad"),
         ({"bias_correction": True, "precision": "fp16"}, "`bias_correction` is for linears in integers, not for linear, conv in fp16"),
         ({"bias_correction": True, "operators": ["conv"]}, "not for conv in int8"),
+        ({"bias_correction": True, "rounding": "adaptive"}, "`rounding: adaptive` leaves no mean error for `bias_correction`"),
         ({"bias_correction": True, "qat": {}}, "`qat` trains biases too; leave out `bias_correction`, or `qat`"),
         ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],

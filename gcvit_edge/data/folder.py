@@ -104,6 +104,19 @@ def _names_in(archive: Path, purpose: str) -> list[str]:
     return names
 
 
+def check_apart(flag: str, images: Path, evaluation: Path, used: str) -> None:
+    """Refuses to evaluate on the images of `flag`, which are used before: `used` says for what.
+
+    Raises:
+        UserError: they are the same, or the one folder lies in the other.
+    """
+    first, second = images.resolve(), evaluation.resolve()
+    nested = first.is_dir() and second.is_dir() and (first.is_relative_to(second) or second.is_relative_to(first))
+    if first == second or nested:
+        shown = f"are both {images}" if first == second else f"share images, {images} and {evaluation}"
+        raise UserError(f"{flag} and --eval {shown}; accuracy on images that were {used}, so give other images to one of them")
+
+
 def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
     """Class index of every image, from its class folder: the folder of a label, else the name of one.
 

@@ -80,13 +80,22 @@ class Preprocessing(Section):
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it shown, in RGB."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """The image as its EXIF orientation wants it shown, in RGB; of 16 bits of grey the upper 8, as of 16 bits of colour.
+
+    Raises:
+        ValueError: pixels of 32 bits, for which nothing says what is white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def default_preprocessing(size: tuple[int, int], crop_pct: float, squash: bool = False) -> Preprocessing:
-    """ImageNet's normalisation; the crop is `crop_pct` of the resized image, as timm and NVlabs define it."""
-    return Preprocessing(size=size, resize=int(min(size) / crop_pct), mode="squash" if squash else "shortest_edge")
+    """ImageNet's normalisation; the crop is `crop_pct` of the resized image, as timm and NVlabs define it, in its longer side."""
+    return Preprocessing(size=size, resize=int(max(size) / crop_pct), mode="squash" if squash else "shortest_edge")
 
 
 def read_preprocessing(path: Path) -> Preprocessing:

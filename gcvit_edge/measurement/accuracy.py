@@ -12,6 +12,7 @@ Logits = NDArray[np.float32]
 Classes = NDArray[np.int64]
 
 EQUAL_DB = 999.0  # stands for infinity, which JSON does not have
+_SIGMAS = 3  # of guessing, above which a model is taken to know something
 _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
@@ -105,6 +106,11 @@ def compare(logits: Logits, reference: Logits, labels: Classes) -> Accuracy:
     )
 
 
+def images_to_judge(classes: int) -> int:
+    """The fewest images on which a model that is always right passes `check_baseline`."""
+    return 1 if classes < 2 else math.floor(_SIGMAS**2 / (classes - 1)) + 1
+
+
 def check_baseline(logits: Logits, labels: Classes) -> None:
     """Refuses a float baseline that is no better than chance: a drop measured against it would mean nothing.
 
@@ -115,7 +121,7 @@ def check_baseline(logits: Logits, labels: Classes) -> None:
         raise CheckFailed("the float model gives logits that are not finite; the checkpoint or the preprocessing is broken")
     chance, count = 1 / logits.shape[1], len(labels)
     top1 = float(hits(logits, labels, 1).mean())
-    if logits.shape[1] > 1 and top1 <= chance + 3 * math.sqrt(chance * (1 - chance) / count):
+    if logits.shape[1] > 1 and top1 <= chance + _SIGMAS * math.sqrt(chance * (1 - chance) / count):
         raise CheckFailed(
             f"the float model's top-1 is {top1:.1%} on {count} images, no better than guessing ({chance:.1%}); check that the labels "
             "are in the order of the logits and that the preprocessing is the model's"

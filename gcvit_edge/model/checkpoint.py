@@ -3,7 +3,7 @@
 Our layout is timm's key layout in safetensors, with a `ModelInfo` as JSON in the metadata under "gcvit_edge".
 """
 
-import json
+import argparse
 import pickle
 import re
 import zipfile
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
+from gcvit_edge.model import hub
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
-from gcvit_edge.model.variants import VARIANTS, GCViTConfig
+from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 
 State = dict[str, Tensor]
-HUB_PREFIX = "hf-hub:"
 _METADATA_KEY = "gcvit_edge"
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -58,7 +58,8 @@ def read_checkpoint(source: str) -> Checkpoint:
     Raises:
         UserError: the file is missing, truncated, of no known layout, a pickle that holds code (never executed), or holds nan or inf.
     """
-    path, side = (_download(source), True) if source.startswith(HUB_PREFIX) else (Path(source), False)
+    from_hub = source.startswith(hub.PREFIX)
+    path = hub.download(source) if from_hub else Path(source)
     if not path.is_file():
         raise UserError(f"checkpoint {source} does not exist; give a .safetensors or .pth file, or hf-hub:ID")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
@@ -79,14 +80,12 @@ def read_checkpoint(source: str) -> Checkpoint:
         return Checkpoint(state, config, info.origin, info.name, info.labels, lambda: info.preprocessing)
     config = infer_config(state, source)
     layout = "nvlabs" if nvlabs else "timm"
-    derived = nvlabs or source.startswith(f"{HUB_PREFIX}timm/")
-    origin = Origin(
-        source=Path(source).name if path == Path(source) else source, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE
-    )
-    if not side:
+    derived = nvlabs or source.startswith(f"{hub.PREFIX}timm/")
+    origin = Origin(source=source if from_hub else path.name, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE)
+    if not from_hub:
         return Checkpoint(state, config, origin)
-    labels, timm = _hub_config(path.parent)
-    return Checkpoint(state, config, origin, None, labels, lambda: _hub_preprocessing(timm, source))
+    timm = hub.read_timm_config(path.parent)
+    return Checkpoint(state, config, origin, None, hub.timm_labels(timm), lambda: hub.timm_preprocessing(timm, source))
 
 
 def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) -> None:
@@ -100,6 +99,16 @@ def variant_of(config: GCViTConfig) -> str | None:
     """Name of the official variant with this structure, whatever its classes and channels: the one of this input size, else the first."""
     alike = {name: known.img_size for name, known in VARIANTS.items() if _structure(known) == _structure(config)}
     return next((name for name, size in alike.items() if size == config.img_size), next(iter(alike), None))
+
+
+def config_of(checkpoint: Checkpoint, name: str | None) -> GCViTConfig:
+    """The shape of variant `name` that a checkpoint is for: its own if it is one of `name`, of whatever input size, or if `name` is None.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    wanted = checkpoint.config if name is None else variant_config(name)
+    return checkpoint.config if wanted == VARIANTS.get(variant_of(checkpoint.config) or "") else wanted
 
 
 def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
@@ -149,7 +158,8 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
 
 def _read_pickle(path: Path) -> State:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which timm's and NVlabs' training scripts save with the weights
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if path.read_bytes()[:1] in (b"\x80", b"P"):  # a pickle, or a zip of one: whole, but with more in it than tensors
             raise UserError(
@@ -256,52 +266,3 @@ def _resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     image = table.T.reshape(1, -1, 2 * old[0] - 1, 2 * old[1] - 1)
     image = F.interpolate(image, (2 * new[0] - 1, 2 * new[1] - 1), mode="bicubic", align_corners=False)
     return image.reshape(table.shape[1], -1).T.contiguous()
-
-
-def _download(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name = source.removeprefix(HUB_PREFIX)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.pth", "*.pth.tar", "config.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
-            "or download the file and give its path"
-        ) from error
-    found = [path for suffix in (".safetensors", ".pth", ".pth.tar") for path in sorted(folder.glob(f"*{suffix}"))]
-    if not found:
-        raise UserError(f"{name} on the Hugging Face hub holds no .safetensors or .pth file")
-    return found[0]
-
-
-def _hub_config(folder: Path) -> tuple[Labels | None, dict[str, Any]]:
-    """Labels and `pretrained_cfg` of timm's config.json, where a hub repository has one."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None, {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}; download it again") from error
-    return Labels.of(config["label_names"]) if "label_names" in config else None, config.get("pretrained_cfg", {})
-
-
-def _hub_preprocessing(timm: dict[str, Any], source: str) -> Preprocessing | None:
-    """What timm's `pretrained_cfg` says, if it does."""
-    if "input_size" not in timm:
-        return None
-    try:
-        size = tuple(timm["input_size"][1:])
-        return Preprocessing(
-            size=size,
-            resize=int(min(size) / timm.get("crop_pct", 0.875)),
-            mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
-            interpolation=timm.get("interpolation", "bicubic"),
-            mean=timm["mean"],
-            std=timm["std"],
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # pydantic's are ValueErrors
-        problem = " ".join(str(error).split())
-        raise UserError(f"the preprocessing that {source} asks for cannot be done: {problem}; give --preprocessing FILE") from error

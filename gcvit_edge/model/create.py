@@ -6,7 +6,7 @@ from typing import Any
 
 from gcvit_edge.data import Labels, Preprocessing, default_preprocessing
 from gcvit_edge.errors import UserError
-from gcvit_edge.model.checkpoint import Checkpoint, load_weights, read_checkpoint, variant_of
+from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, variant_of
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import UNKNOWN_LICENCE, ModelInfo, Origin, config_dict
 from gcvit_edge.model.variants import GCViTConfig, nvlabs_crop, variant_config
@@ -78,14 +78,15 @@ def load_model(
 ) -> tuple[GCViT, ModelInfo]:
     """A trained classifier with all that travels with it; what is not given is read off the checkpoint.
 
-    The variant is recognised from the tensors. Labels come from the checkpoint, else they are the class numbers. The
-    preprocessing comes from the checkpoint, else it is that of timm (crop 0.875) or, for NVlabs' files, of NVlabs' training.
+    The variant is recognised from the tensors; `name` says which is expected, or asks for one of another input size. Labels come from the
+    checkpoint, else they are the class numbers. The preprocessing comes from the checkpoint, else it is that of timm (crop 0.875) or, for
+    NVlabs' files, of NVlabs' training.
 
     Raises:
         UserError: as `create_model`; or labels that do not match the number of classes; or no head.
     """
     checkpoint = read_checkpoint(weights)
-    config = checkpoint.config if name is None else variant_config(name)
+    config = config_of(checkpoint, name)
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
     model = _build(config, checkpoint, weights, keep_classes=num_classes is not None)

@@ -122,6 +122,17 @@ def variant_config(name: str) -> GCViTConfig:
     return VARIANTS[key]
 
 
+def check_takes_rgb(config: GCViTConfig) -> None:
+    """Refuses a network that image files cannot be given to.
+
+    Raises:
+        UserError: it does not take 3 channels.
+    """
+    if config.in_chans != 3:
+        count = f"{config.in_chans} channel{'' if config.in_chans == 1 else 's'}"
+        raise UserError(f"the model takes {count}, and images are read as RGB; give one of 3 channels")
+
+
 def nvlabs_crop(name: str) -> tuple[float, bool]:
     """Evaluation crop of NVlabs' own weights: (crop_pct, squash), from the configurations of the NVlabs/GCVit repository."""
     whole = {"gcvit_xxtiny", "gcvit_tiny", "gcvit_base"}

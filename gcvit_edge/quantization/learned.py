@@ -123,7 +123,8 @@ class LearnedPoint(Point):
 
 def learnable(calibrated: Calibrated, runtimes: Sequence[Rounding]) -> nn.Module:
     """A copy of the network whose weights and ranges can be trained. What any runtime rounds with a fixed scale is rounded, so that one
-    set of weights and ranges serves all; scales that a runtime finds when it runs need no training.
+    set of weights and ranges serves all; scales that a runtime finds when it runs need no training. Right factors of attention, if that is
+    rounded, learn both ends of their ranges, of which ExecuTorch, whose kernels want them symmetric, takes the one farther from 0.
 
     Places that saw the same extremes hold the same values, such as the inputs of q, k and v: they share a range, or runtimes would
     round what they share more than once.

@@ -1,12 +1,11 @@
 """Rounding of weights that sees what they are multiplied with.
 
 - `reconstruct`: the weights of a layer are rounded one input channel after the other, and the error of each is made good by the channels
-  that are still float, for the least squared error of the layer's outputs on the calibration images (GPTQ, arXiv:2210.17323, which is
-  the closed form of AdaRound's layer reconstruction, arXiv:2004.10568, one weight at a time).
+  that are still float, for the least squared error of the layer's outputs on the calibration images (GPTQ, arXiv:2210.17323).
 - `correct_biases`: the mean error that rounding leaves in a layer's outputs goes into its bias (arXiv:1906.04721, section 4.2).
 
-Both change float parameters only: rounded weights lie on the grid that `IntegerWeight` and `GroupedWeight` find again, so that every
-backend rounds to the same integers.
+Both change float parameters only: rounded weights lie on the grid that `IntegerWeight`, `GroupedWeight` and `HalfWeight` find again, so
+that every backend rounds to the same values.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,13 +75,23 @@ def _read(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2).flatten(0, 1)  # type: ignore[arg-type]
 
 
+def _factor_of_inverse(product: Tensor) -> Tensor:
+    """The upper triangular U (in, in) with U^T U = product^-1."""
+    factor, failed = torch.linalg.cholesky_ex(product)
+    inverse, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if failed or failed_too:  # inputs are so much alike that their product is not positive in float32
+        factor = torch.linalg.cholesky(product.double())
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    return inverse
+
+
 def _rounded(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
     """The weight (out, in) on its grid. product: sum of x^T x (in, in) of its inputs."""
     order = product.diagonal().argsort(descending=True)  # what matters most first, while most can make good its errors
     left, fixed = weight[:, order], grid.fixed()[:, order]
     product = product[order][:, order]
     product = product + torch.eye(len(product)) * (_DAMPING * product.diagonal().mean()).clamp_min(1e-8)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(product)), upper=True)
+    inverse = _factor_of_inverse(product)
     result = grid().flatten(1)[:, order]
     for start in range(0, len(order), _BLOCK):
         block = slice(start, start + _BLOCK)

@@ -50,13 +50,14 @@ def weight_grids(deployed: nn.Module, operators: Collection[Operator], precision
     half = _HALVES.get(precision)
 
     def grid(name: str, module: nn.Module) -> Grid | None:
+        kind = "linear" if isinstance(module, nn.Linear) else "conv" if isinstance(module, nn.Conv2d) else None
+        if kind not in operators:
+            return None
         if half is not None:
-            return partial(HalfWeight, dtype=half) if isinstance(module, nn.Linear | nn.Conv2d) else None
-        if isinstance(module, nn.Linear) and "linear" in operators:
+            return partial(HalfWeight, dtype=half)
+        if isinstance(module, nn.Linear):
             return GroupedWeight if _in_four_bits(name, module.in_features, precision) else IntegerWeight
-        if isinstance(module, nn.Conv2d) and "conv" in operators and _is_worth_it(name, module):
-            return IntegerWeight
-        return None
+        return IntegerWeight if isinstance(module, nn.Conv2d) and _is_worth_it(name, module) else None
 
     grids = ((name, grid(name, module)) for name, module in deployed.named_modules())
     return {name: kind for name, kind in grids if kind is not None}
@@ -112,7 +113,7 @@ def quantize(
 
     def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:
         half = _HALVES.get(precision)
-        if half is not None and isinstance(module, nn.Linear | nn.Conv2d):
+        if half is not None and isinstance(module, nn.Linear | nn.Conv2d) and name in grids:
             return WeightLayer(module, grids[name](module.weight))
         if isinstance(module, Constant):
             return IntegerConstant(module.value) if half is None else HalfWeight(module.value, half)

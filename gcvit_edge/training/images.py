@@ -69,8 +69,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
 def augmenter(preprocessing: Preprocessing, augmentation: Augmentation) -> Convert:
     """Image to augmented pixels (H, W, 3) uint8 of the preprocessing's size; draws from PyTorch's default generator."""
     interpolation = v2.InterpolationMode(preprocessing.interpolation)
+    height, width = preprocessing.size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # around that of the input
     steps: list[torch.nn.Module] = [
-        v2.RandomResizedCrop(preprocessing.size, scale=augmentation.crop_scale, interpolation=interpolation),
+        v2.RandomResizedCrop(preprocessing.size, scale=augmentation.crop_scale, ratio=ratio, interpolation=interpolation),
         v2.RandomHorizontalFlip(augmentation.flip),
     ]
     if augmentation.rand_augment:

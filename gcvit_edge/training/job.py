@@ -10,15 +10,24 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, default_preprocessing, find_images, find_readable
+from gcvit_edge.data import (
+    ImageFolder,
+    Labels,
+    Preprocessing,
+    check_apart,
+    class_indices,
+    default_preprocessing,
+    find_images,
+    find_readable,
+)
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import wilson_interval
 from gcvit_edge.measurement.machine import cpu_name
-from gcvit_edge.model.checkpoint import Checkpoint, load_weights, read_checkpoint, save_checkpoint, variant_of
+from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, save_checkpoint, variant_of
 from gcvit_edge.model.create import TIMM_CROP_PCT
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo, Origin, config_dict
-from gcvit_edge.model.variants import GCViTConfig, variant_config
+from gcvit_edge.model.variants import GCViTConfig, check_takes_rgb, variant_config
 from gcvit_edge.progress import Steps
 from gcvit_edge.training.images import LabelledImages
 from gcvit_edge.training.loop import fit, make_accelerator
@@ -85,8 +94,8 @@ def plan_training(
         raise UserError("the settings have a section `distillation`, but training of a float model has no teacher; remove it")
     if not 0 <= freeze_stages <= 4:
         raise UserError(f"freeze_stages must be 0 to 4, the stages of GC ViT, got {freeze_stages}")
-    if eval is not None and Path(data).resolve() == Path(eval).resolve():
-        raise UserError(f"the training and the evaluation images are both {data}; give other images to one of them, or leave out --eval")
+    if eval is not None:
+        check_apart("--data", Path(data), Path(eval), "trained on says nothing")
     images = find_images(Path(data), "training")
     evaluation = None if eval is None else find_images(Path(eval), "evaluation")
     checkpoint = None if weights is None else read_checkpoint(str(weights))
@@ -94,6 +103,7 @@ def plan_training(
     classes = class_indices(images, labels)
     steps_per_epoch(len(images.files), settings)
     config = _config(checkpoint, model, len(labels.names), image_size, drop_path)
+    check_takes_rgb(config)
     if preprocessing is None:
         preprocessing = _choose_preprocessing(checkpoint, config.img_size)
     elif preprocessing.size != config.img_size:
@@ -207,12 +217,10 @@ def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images:
 
 def _config(checkpoint: Checkpoint | None, name: str | None, classes: int, image_size: int | None, drop_path: float) -> GCViTConfig:
     """The shape to train."""
-    if name is None and checkpoint is not None:
-        config = checkpoint.config
-    else:
+    if checkpoint is None:
         config = variant_config(name or "gcvit_xxtiny")
-        if checkpoint is not None:
-            config = replace(config, se_multiple=checkpoint.config.se_multiple)
+    else:
+        config = replace(config_of(checkpoint, name), se_multiple=checkpoint.config.se_multiple)
     if image_size is not None:
         config = replace(config, img_size=(image_size, image_size))
     return replace(config, num_classes=classes, drop_path=drop_path)
@@ -223,13 +231,13 @@ def _choose_preprocessing(checkpoint: Checkpoint | None, size: tuple[int, int]) 
     found = None if checkpoint is None else checkpoint.preprocessing
     if found is None:
         return default_preprocessing(size, TIMM_CROP_PCT)
-    return found.model_copy(update={"size": size, "resize": round(found.resize * min(size) / min(found.size))})
+    return found.model_copy(update={"size": size, "resize": round(found.resize * max(size) / max(found.size))})
 
 
 def _with_classes(checkpoint: Checkpoint, fresh: GCViT, labels: Labels) -> Checkpoint:
-    """The checkpoint with the head of `fresh` in the place of one for other classes."""
-    same_count = checkpoint.config.num_classes == len(labels.names)
-    if same_count and checkpoint.labels in (None, labels):
+    """The checkpoint with the head of `fresh` in the place of one for other classes; names of the same class folders may differ."""
+    known = checkpoint.labels or labels
+    if checkpoint.config.num_classes == len(labels.names) and (known.folders == labels.folders or known.names == labels.names):
         return checkpoint
     body = {key: value for key, value in checkpoint.state.items() if not key.startswith("head.")}
     head = {key: value for key, value in fresh.state_dict().items() if key.startswith("head.")}

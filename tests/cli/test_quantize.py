@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from commands import GOLDEN, Command, own, without
 from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny
+from torch import Tensor, nn
 
 from gcvit_edge import create_model
 from gcvit_edge.data import Labels, Preprocessing
@@ -114,12 +116,34 @@ def test_quantize_refuses_images(command: Command, tiny: Tiny, tmp_path: Path) -
 def test_quantize_refuses_to_evaluate_on_what_calibrates(command: Command, tiny: Tiny) -> None:
     message = command.refuses("quantize", *without(own(tiny), "--eval"), "--eval", tiny.calib)
     assert f"--calib and --eval are both {tiny.calib}; accuracy on images that were quantized by says too little" in message
+    message = command.refuses("quantize", *without(own(tiny), "--calib"), "--calib", tiny.evaluation.parent)
+    assert f"--calib and --eval share images, {tiny.evaluation.parent} and {tiny.evaluation}; accuracy on images" in message
+
+
+def test_quantize_refuses_too_few_images_to_judge_by(command: Command, tiny: Tiny) -> None:
+    message = command.refuses("quantize", *own(tiny), "--eval-images", "3")
+    assert "has 3 evaluation images; to tell a model of 4 classes from guessing takes 4, and to see what INT8 costs a thousand" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda weight: weight.half(), r"the network has stem.conv1.weight in torch.float16 on cpu; .* starts from .float\(\).cpu\(\)"),
+        (lambda weight: weight.to("meta"), "in torch.float32 on meta"),
+        (lambda weight: weight / 0, "the network holds nan or inf in stem.conv1.weight: the run that made it diverged"),
+    ],
+)
+def test_weights_in_memory_are_checked(changed: Callable[[Tensor], Tensor], message: str, tiny: Tiny) -> None:
+    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
+    model.stem.conv1.weight = nn.Parameter(changed(model.stem.conv1.weight.detach()))
+    with pytest.raises(UserError, match=message):
+        plan(str(tiny.recipe), model, calib=tiny.calib, eval=tiny.evaluation)
 
 
 @pytest.mark.parametrize(
     ("shape", "arguments", "message"),
     [
-        ({"in_chans": 1}, {}, "the model takes 1 channels, and images are read as RGB"),
+        ({"in_chans": 1}, {}, "the model takes 1 channel, and images are read as RGB"),
         ({"num_classes": 0}, {}, "the network has no classifier head"),
         ({}, {"num_classes": 4}, "weights and num_classes are for models by name"),
         ({}, {"weights": "none.pth"}, "weights and num_classes are for models by name"),

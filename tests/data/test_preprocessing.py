@@ -57,6 +57,29 @@ def test_odd_margins(size: tuple[int, int], resize: int, image_size: tuple[int, 
     np.testing.assert_array_equal(preprocessing.pixels(image), specified_pixels(image, preprocessing))
 
 
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (224, 224)])
+def test_the_default_crop_lies_within_the_image(size: tuple[int, int]) -> None:
+    pixels = default_preprocessing(size, 0.875).pixels(Image.new("RGB", (50, 50), "white"))
+    assert pixels.shape == (*size, 3)
+    assert pixels.min() == 255  # without the black that is around an image
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey(suffix: str) -> None:
+    grey = np.random.default_rng(0).integers(0, 2**16, (30, 40), np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, suffix)
+    file.seek(0)
+    expected = Preprocessing().pixels(Image.fromarray((grey >> 8).astype(np.uint8)))
+    np.testing.assert_array_equal(Preprocessing().pixels(Image.open(file)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_no_known_white_are_refused(dtype: type) -> None:
+    with pytest.raises(ValueError, match="expected 8 or 16 bits"):
+        Preprocessing().pixels(Image.fromarray(np.ones((30, 40), dtype)))
+
+
 def test_equal_to_torchvision_where_nothing_is_rounded() -> None:
     image, preprocessing = noise(512, 384), Preprocessing(size=(224, 224), resize=240)  # 320x240, margins 96 and 16
     steps = transforms.Compose([transforms.Resize(240, TORCHVISION["bicubic"]), transforms.CenterCrop(224)])

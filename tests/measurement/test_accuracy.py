@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.measurement.accuracy import agreement, check_baseline, compare, hits, paired_drop, sqnr_db, wilson_interval
+from gcvit_edge.measurement.accuracy import agreement, check_baseline, compare, hits, images_to_judge, paired_drop, sqnr_db, wilson_interval
 
 LOGITS = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [1, 3, 0, 2]], np.float32)
 
@@ -158,6 +158,16 @@ def test_baseline_bound(right: int, accepted: bool) -> None:
     else:
         with pytest.raises(CheckFailed, match="no better than guessing"):
             check_baseline(logits, labels)
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 10), (4, 4), (10, 2), (1000, 1)])
+def test_fewest_images_that_can_pass_the_baseline(classes: int, count: int) -> None:
+    assert images_to_judge(classes) == count
+    labels = np.arange(count) % classes
+    check_baseline(one_hot(labels.tolist(), classes), labels)
+    if count > 1:
+        with pytest.raises(CheckFailed, match="no better than guessing"):
+            check_baseline(one_hot(labels[:-1].tolist(), classes), labels[:-1])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -8,7 +8,7 @@ import torch
 
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.bundle import Bundle, open_bundle
-from gcvit_edge.errors import CheckFailed
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.measurement.profile import Operator, profile_bundle, summarize, verdict
 from gcvit_edge.model.create import create_model, describe_model
@@ -55,6 +55,8 @@ def test_profile_of_another_device(pte_bundle: Bundle, tmp_path: Path) -> None:
     module = portable_lib._load_for_executorch(str(pte_bundle.artifact("executorch").path), enable_etdump=True)
     module.forward([torch.from_numpy(pte_bundle.golden_input()[:1])])
     module.write_etdump_result_to_file(str(tmp_path / "dump"), str(tmp_path / "debug.bin"))
+    with pytest.raises(UserError, match="--etdump reads what was measured before, so --threads 2 has no effect"):
+        profile_bundle(pte_bundle, "executorch", 2, tmp_path / "dump", Steps())
     for name, claimed in {"model.float.etdump": "float", "model.int8.etdump": "int8", "mine.etdump": "mine.etdump"}.items():
         shutil.copy(tmp_path / "dump", tmp_path / name)
         report = profile_bundle(pte_bundle, "executorch", None, tmp_path / name, Steps())

@@ -1,13 +1,12 @@
 """Checkpoints: every layout and wrapper that is read, and everything that is refused."""
 
+import argparse
 import json
 import pickle
 from dataclasses import replace
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -122,6 +121,12 @@ def test_averaged_weights_win(tiny_model, make_model, tmp_path):
     torch.save({"state_dict": other, "state_dict_ema": dict(tiny_model.state_dict())}, tmp_path / "two.pth")
     for name in ("one.pth", "two.pth"):
         assert_same_state(read_checkpoint(str(tmp_path / name)).state, tiny_model.state_dict())
+
+
+def test_arguments_of_the_training_script_beside_the_weights(tiny_model, tmp_path):
+    arguments = argparse.Namespace(lr=5e-4, model="gcvit_xxtiny", mean=[0.5, 0.5, 0.5], amp=True)
+    torch.save({"epoch": 3, "arch": "gcvit", "state_dict": tiny_model.state_dict(), "args": arguments}, tmp_path / "timm.pth.tar")
+    assert_same_state(read_checkpoint(str(tmp_path / "timm.pth.tar")).state, tiny_model.state_dict())
 
 
 def test_old_pickle_format(tiny_model, tmp_path):
@@ -282,100 +287,3 @@ def test_spoilt_metadata(tiny_model, tmp_path, metadata):
 def test_inferred_shape_of_a_network_without_head(make_model):
     config = infer_config(make_model(features_only=True, in_chans=1).state_dict(), "here")
     assert (config.num_classes, config.in_chans, config.img_size) == (0, 1, (64, 64))
-
-
-# The hub
-
-
-def hub_folder(tmp_path, model, name, config):
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-    state = dict(model.state_dict())
-    save_file(state, folder / name) if name.endswith(".safetensors") else torch.save(state, folder / name)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-HUB = "hf-hub:timm/gcvit_mine.in1k"
-TIMM_CONFIG = {
-    "architecture": "gcvit_xxtiny",
-    "num_classes": 8,
-    "label_names": ["alpha", "beta/gamma", "c", "d", "e", "f", "g", "h"],
-    "pretrained_cfg": {
-        "input_size": [3, 64, 64],
-        "interpolation": "bilinear",
-        "crop_pct": 0.8,
-        "crop_mode": "center",
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.3, 0.2, 0.1],
-        "license": "apache-2.0",
-    },
-}
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.pth", "weights.pth.tar"])
-def test_hub(tiny_model, tmp_path, monkeypatch, name):
-    asked = []
-    folder = hub_folder(tmp_path, tiny_model, name, TIMM_CONFIG)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(folder))
-    model, info = load_model("hf-hub:timm/gcvit_mine.in1k")
-    assert asked == ["timm/gcvit_mine.in1k"]
-    assert_same_state(model.state_dict(), tiny_model.state_dict())
-    assert info.labels.names == tuple(TIMM_CONFIG["label_names"])
-    assert info.labels.folders[1] == "beta_gamma"
-    assert info.preprocessing == Preprocessing(
-        size=(64, 64), resize=80, mode="shortest_edge", interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.1)
-    )
-    # timm's copies are NVIDIA's weights, whatever timm's configuration says
-    assert info.origin == Origin(source="hf-hub:timm/gcvit_mine.in1k", layout="timm", licence=NVLABS_LICENCE)
-
-
-@pytest.mark.parametrize("changes", [{"interpolation": "lanczos"}, {"mean": [0.5]}, {"std": [0.3, 0.2, 0.0]}, {"input_size": 224}])
-def test_hub_with_preprocessing_that_cannot_be_done(tiny_model, tmp_path, monkeypatch, changes):
-    folder = hub_folder(
-        tmp_path, tiny_model, "model.safetensors", TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | changes}
-    )
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
-    with pytest.raises(UserError, match=f"the preprocessing that {HUB} asks for cannot be done: .*; give --preprocessing FILE"):
-        load_model(HUB)
-    assert create_model(**SHAPE, num_classes=8, weights=HUB).head is not None
-    mine = Preprocessing(size=(64, 64))
-    assert load_model(HUB, preprocessing=mine)[1].preprocessing == mine
-
-
-def test_hub_of_somebody_else(tiny_model, tmp_path, monkeypatch):
-    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
-    checkpoint = read_checkpoint("hf-hub:somebody/gcvit")
-    assert (checkpoint.labels, checkpoint.preprocessing) == (None, None)
-    assert checkpoint.origin.licence == UNKNOWN_LICENCE
-
-
-def test_hub_squashed_crop(tiny_model, tmp_path, monkeypatch):
-    squash = TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | {"crop_mode": "squash", "crop_pct": 1.0}}
-    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", squash)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
-    preprocessing = read_checkpoint("hf-hub:somebody/gcvit").preprocessing
-    assert (preprocessing.mode, preprocessing.size) == ("squash", (64, 64))
-
-
-def test_hub_offline(monkeypatch):
-    def offline(repo, **_):
-        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"cannot download timm/gcvit_tiny\.in1k from the Hugging Face hub: .*give its path"):
-        read_checkpoint("hf-hub:timm/gcvit_tiny.in1k")
-
-
-def test_hub_name_that_cannot_be():
-    """Refused by the hub's own client before any connection."""
-    with pytest.raises(UserError, match="cannot download a/b/c from the Hugging Face hub"):
-        read_checkpoint("hf-hub:a/b/c")
-
-
-def test_hub_without_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path))
-    with pytest.raises(UserError, match=r"holds no \.safetensors or \.pth file"):
-        read_checkpoint("hf-hub:somebody/empty")

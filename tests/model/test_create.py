@@ -7,9 +7,9 @@ import torch
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
-from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.checkpoint import Checkpoint, config_of, save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model, load_model
-from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE
+from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, Origin
 from gcvit_edge.model.variants import VARIANTS
 
 TABLE = "stages.{}.blocks.{}.attn.rel_pos.relative_position_bias_table"
@@ -139,6 +139,32 @@ def test_loaded_model_recognises_its_variant(xxtiny):
     model, info = load_model(str(xxtiny))
     assert model.config == replace(VARIANTS["gcvit_xxtiny"], num_classes=2)
     assert info.name == "gcvit_xxtiny"
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "size"),
+    [
+        ({"img_size": 64}, "gcvit_xxtiny", 64),  # trained at another size than the official weights
+        ({"img_size": 64}, "gc_vit_xxtiny", 64),
+        ({"img_size": 64}, None, 64),
+        ({"img_size": 224}, "gcvit_xxtiny", 224),
+    ],
+)
+def test_a_name_does_not_change_the_input_size_of_weights(shape, asked, size, tmp_path):
+    model = create_model("gcvit_xxtiny", num_classes=2, **shape)
+    save_checkpoint(model, describe_model(model), tmp_path / "mine.safetensors", half=True)
+    loaded, info = load_model(str(tmp_path / "mine.safetensors"), asked)
+    assert loaded.config.img_size == info.preprocessing.size == (size, size)
+
+
+def test_the_name_of_another_size_asks_for_it():
+    def trained(size):
+        return Checkpoint({}, replace(VARIANTS["gcvit_large"], img_size=(size, size)), Origin(source="x", layout="timm", licence="MIT"))
+
+    assert config_of(trained(224), "gcvit_large_384_21k").img_size == (384, 384)
+    assert config_of(trained(384), "gcvit_large_384_21k").img_size == (384, 384)
+    assert config_of(trained(96), "gcvit_large").img_size == (96, 96)
+    assert config_of(trained(96), "gcvit_tiny") == VARIANTS["gcvit_tiny"]  # which load_weights refuses
 
 
 def test_loaded_model_brings_what_was_saved(tiny_model, tmp_path):

@@ -85,6 +85,16 @@ def test_half_weights_are_reconstructed(network: nn.Module) -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+@GRIDS
+def test_channels_that_are_alike_or_dead_are_no_obstacle(network: nn.Module, grid: type[IntegerWeight | GroupedWeight]) -> None:
+    x = correlated(500, 64)
+    x[:, 1:32] = x[:, :1]
+    x[:, 40:50] = 0
+    reconstruct(network, lambda: iter([1e4 * x]), {"0": grid})
+    assert network[0].weight.isfinite().all()
+    torch.testing.assert_close(grid(network[0].weight)(), network[0].weight.data, rtol=1e-6, atol=0)
+
+
 def test_depthwise_convolutions_stay() -> None:
     network = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
     before = network[0].weight.clone()

@@ -21,7 +21,8 @@ from torch import Tensor
 from gcvit_edge.cli import main
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
-from gcvit_edge.model.create import create_model, load_model
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.plan import plan
 from gcvit_edge.training.images import Samples
 from gcvit_edge.training.job import TrainJob, freeze, plan_training
@@ -185,6 +186,27 @@ def test_other_classes_keep_the_body_and_get_a_new_head(tiny: Tiny, tmp_path: Pa
     assert not torch.equal(planned.model.head.fc.weight, weights["head.fc.weight"])  # type: ignore[union-attr]
 
 
+def test_other_names_of_the_same_classes_keep_the_head(tiny: Tiny, tmp_path: Path) -> None:
+    labels = Labels(names=("azul", "verde", "rojo", "amarillo"), folders=CLASSES)
+    planned = job(tiny, tmp_path / "a.safetensors", labels=labels)
+    assert torch.equal(planned.model.head.fc.weight, load_file(tiny.weights)["head.fc.weight"])  # type: ignore[union-attr]
+    assert planned.info.labels == labels
+
+
+def test_weights_of_a_named_variant_keep_their_input_size(tiny: Tiny, tmp_path: Path) -> None:
+    model = create_model("gcvit_xxtiny", num_classes=4, img_size=64)
+    save_checkpoint(model, describe_model(model), tmp_path / "small.safetensors", half=True)
+    planned = job(tiny, tmp_path / "a.safetensors", model="gcvit_xxtiny", weights=tmp_path / "small.safetensors", image_size=None)
+    assert planned.info.preprocessing.size == planned.model.config.img_size == (64, 64)
+
+
+def test_networks_of_other_channels_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64, in_chans=1)
+    save_checkpoint(model, describe_model(model), tmp_path / "grey.safetensors", half=True)
+    with pytest.raises(UserError, match="the model takes 1 channel, and images are read as RGB"):
+        job(tiny, tmp_path / "a.safetensors", weights=tmp_path / "grey.safetensors")
+
+
 def test_random_weights_follow_the_seed(tiny: Tiny, tmp_path: Path) -> None:
     first, same, other = (
         job(tiny, tmp_path / "a.safetensors", weights=None, settings=TrainSettings(batch_size=8, seed=seed), licence="MIT")
@@ -272,8 +294,10 @@ def test_bad_outputs_are_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_training_images_do_not_evaluate(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the training and the evaluation images are both .*; give other images to one of them"):
+    with pytest.raises(UserError, match=r"--data and --eval are both .*; accuracy on images that were trained on says nothing"):
         job(tiny, tmp_path / "a.safetensors", eval=tiny.calib)
+    with pytest.raises(UserError, match=r"--data and --eval share images, .*; accuracy on"):
+        job(tiny, tmp_path / "a.safetensors", eval=tiny.calib / CLASSES[0])
 
 
 def test_one_class_is_nothing_to_learn(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Checkpoints of the Hugging Face hub, and what timm writes beside them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gcvit_edge.data import Labels, Preprocessing
+from gcvit_edge.errors import UserError
+
+PREFIX = "hf-hub:"
+
+
+def download(source: str) -> Path:
+    """The weights of `hf-hub:ID`, from the cache if they are there; timm's config.json, if there is one, lies beside them.
+
+    Raises:
+        UserError: no such repository, no connection, or no weights in it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = source.removeprefix(PREFIX)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.pth", "*.pth.tar", "config.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
+            "or download the file and give its path"
+        ) from error
+    found = [path for suffix in (".safetensors", ".pth", ".pth.tar") for path in sorted(folder.glob(f"*{suffix}"))]
+    if not found:
+        raise UserError(f"{name} on the Hugging Face hub holds no .safetensors or .pth file")
+    return found[0]
+
+
+def timm_labels(config: dict[str, Any]) -> Labels | None:
+    """The class names of timm's config.json, if it has them."""
+    return Labels.of(config["label_names"]) if "label_names" in config else None
+
+
+def read_timm_config(folder: Path) -> dict[str, Any]:
+    """timm's config.json; {} where there is none.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}; download it again") from error
+
+
+def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | None:
+    """What `pretrained_cfg` of timm's config.json says, if it does.
+
+    Raises:
+        UserError: it asks for what `Preprocessing` cannot do.
+    """
+    timm = config.get("pretrained_cfg", {})
+    if "input_size" not in timm:
+        return None
+    try:
+        size = tuple(timm["input_size"][1:])
+        return Preprocessing(
+            size=size,
+            resize=int(max(size) / timm.get("crop_pct", 0.875)),
+            mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
+            interpolation=timm.get("interpolation", "bicubic"),
+            mean=timm["mean"],
+            std=timm["std"],
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # pydantic's are ValueErrors
+        problem = " ".join(str(error).split())
+        raise UserError(f"the preprocessing that {source} asks for cannot be done: {problem}; give --preprocessing FILE") from error
