@@ -40,7 +40,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": backends,
-        "targets": {name: load_target(name).missing() or "available" for name in target_names()},
+        "targets": {name: load_target(name).missing("") or "available" for name in target_names()},
         "cpu": cpu_name(),
         "cpus": default_threads(),
         "int8_features": features,

@@ -40,7 +40,7 @@ def check_target(name: str, address: str, options: Any, bundle: Bundle, folder: 
 def _check_module(name: str) -> None:
     target = load_target(name)
     assert target.HELP
-    assert target.missing() is None
+    assert target.missing("") is None
     for field in fields(target.Options):
         assert field.metadata["help"]
         assert hasattr(target.Options(), field.name)

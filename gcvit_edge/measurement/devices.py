@@ -87,7 +87,7 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
         raise UserError(f"device {name}: {key}: {problem['msg']}, got {problem['input']!r}") from error
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
-    missing = module.missing()
+    missing = module.missing(address)
     if missing:
         raise UserError(f"target {target!r} cannot be used here: {missing}")
     return Device(name, target, address, checked, threads)

@@ -234,8 +234,8 @@ class Target(Protocol):
     """Frozen dataclass of the target's own options, all with defaults and a `help` in their metadata. Each is a key in
     devices.yaml and a flag of `benchmark` and `evaluate`; str, int, Path or bool."""
 
-    def missing(self) -> str | None:
-        """What is missing on this machine and how to install it; None if the target can be used."""
+    def missing(self, address: str) -> str | None:
+        """What is missing on this machine and how to install it; None if the target can be used. address: as for `connect`, "" for any."""
         ...
 
     def cases(self, artifacts: "Sequence[Artifact]", options: Any) -> list[Case]:

@@ -31,7 +31,7 @@ class Options(RemoteOptions):
     """Options of every remote target."""
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     return program_missing("adb", "adb")
 
 

@@ -55,7 +55,7 @@ class Options:
     count: bool = field(default=False, metadata={"help": "count instructions of one inference on one thread: all, SDOT, SMMLA, FMLA"})
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     lacks = missing_tools("aarch64")
     if lacks is None and shutil.which(_QEMU) is None:
         return "emulation needs: apt install qemu-user"

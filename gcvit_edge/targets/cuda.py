@@ -44,7 +44,7 @@ class Options:
     )
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

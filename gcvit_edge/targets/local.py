@@ -33,7 +33,7 @@ class Options:
     """This target has none of its own."""
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     return None
 
 

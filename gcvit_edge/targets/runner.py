@@ -28,7 +28,7 @@ class Options:
     etdump: Path | None = field(default=None, metadata={"help": ETDUMP_HELP})
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     return missing_tools(host())
 
 

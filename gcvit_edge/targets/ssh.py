@@ -40,7 +40,7 @@ class Options(RemoteOptions):
     ssh_config: Path | None = field(default=None, metadata={"help": "configuration of ssh to use instead of the user's"})
 
 
-def missing() -> str | None:
+def missing(address: str) -> str | None:
     return program_missing("ssh", "openssh-client")
 
 

@@ -113,7 +113,7 @@ def test_files_that_are_refused(text: str, message: str, file: Path) -> None:
 
 
 def test_a_target_that_cannot_be_used_says_what_to_install(tmp_path: Path) -> None:
-    changed = BOARD + "\ndef missing():\n    return 'the program boardctl is missing; install the package boardctl'\n"
+    changed = BOARD + "\ndef missing(address):\n    return 'the program boardctl is missing; install the package boardctl'\n"
     (tmp_path / "more" / "board.py").write_text(changed)
     with pytest.raises(UserError, match="target 'board' cannot be used here: the program boardctl is missing"):
         find_devices(["board:a"], None, None, {})

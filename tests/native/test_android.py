@@ -51,7 +51,7 @@ LIBRARIES = {
     "extension_threadpool": "executorch_threadpool", "xnnpack_backend": "executorch_backend_xnnpack", "etdump": "executorch_etdump",
 }  # fmt: skip
 
-needs_arm = pytest.mark.skipif(arm64.missing() is not None and os.environ.get("CI") != "true", reason=arm64.missing() or "")
+needs_arm = pytest.mark.skipif(arm64.missing("") is not None and os.environ.get("CI") != "true", reason=arm64.missing("") or "")
 
 
 @pytest.fixture

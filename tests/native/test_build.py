@@ -80,7 +80,7 @@ def test_tools_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"building the runner needs: apt install cmake make g\+\+$"):
         build.build_runner()
     assert build.missing_tools("aarch64") == "building the runner needs: apt install cmake make g++-aarch64-linux-gnu"
-    assert arm64.missing() == build.missing_tools("aarch64")
+    assert arm64.missing("") == build.missing_tools("aarch64")
     with pytest.raises(UserError, match="counting instructions needs a C compiler: apt install gcc"):
         build.build_counter()
 
@@ -99,7 +99,7 @@ def test_a_wheel_that_cannot_be_downloaded(cache: Path, monkeypatch: pytest.Monk
     assert list(cache.iterdir()) == []
 
 
-@needs(arm64.missing())
+@needs(arm64.missing(""))
 def test_counter_counts_exactly(tmp_path: Path) -> None:
     (tmp_path / "program.S").write_text(INSTRUCTIONS)
     compiler = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.6-a", "-o", str(tmp_path / "program"), str(tmp_path / "program.S")]

@@ -81,7 +81,7 @@ def test_devices_that_are_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="adb knows no device; allow USB debugging"), connect("", options):
         pass
     listing.unlink()
-    assert "apt-get install adb" in str(adb.missing())
+    assert "apt-get install adb" in str(adb.missing(""))
 
 
 def test_the_usual_folder(phone: Phone) -> None:

@@ -23,7 +23,7 @@ from gcvit_edge.report.devices import count_lines
 from gcvit_edge.targets import Case, local
 from gcvit_edge.targets.arm64 import Options, cases, connect, missing
 
-pytestmark = pytest.mark.skipif(missing() is not None and os.environ.get("CI") != "true", reason=missing() or "")
+pytestmark = pytest.mark.skipif(missing("") is not None and os.environ.get("CI") != "true", reason=missing("") or "")
 
 
 @pytest.fixture(scope="module")

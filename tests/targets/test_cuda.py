@@ -24,7 +24,7 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.targets import Case, cuda
 from gcvit_edge.targets._cuda_worker import load_onnx, quantize_linears
 
-without_gpu = pytest.mark.skipif(cuda.missing() is None, reason="this machine has a GPU")
+without_gpu = pytest.mark.skipif(cuda.missing("") is None, reason="this machine has a GPU")
 
 
 def cases(bundle: Bundle, weights: Path, arithmetic: str) -> list[Case]:

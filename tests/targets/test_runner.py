@@ -16,7 +16,7 @@ from gcvit_edge.targets import Case, local
 from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets.runner import NativeRunner, Options, cases, missing
 
-pytestmark = pytest.mark.skipif(missing() is not None and os.environ.get("CI") != "true", reason=missing() or "")
+pytestmark = pytest.mark.skipif(missing("") is not None and os.environ.get("CI") != "true", reason=missing("") or "")
 
 
 @pytest.fixture(scope="module")

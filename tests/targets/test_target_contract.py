@@ -16,7 +16,7 @@ STARTED_BY_THEIR_TESTS = {"ssh", "adb"}  # which bring a device of their own
 @pytest.mark.parametrize("name", [name for name in target_names() if name not in STARTED_BY_THEIR_TESTS])
 def test_contract(name: str, pte_bundle: Bundle, weights: Path, tmp_path: Path) -> None:
     target = load_target(name)
-    missing = target.missing()
+    missing = target.missing("")
     if missing and os.environ.get("CI") == "true" and name not in NEEDS_HARDWARE:
         pytest.fail(missing)
     if missing:

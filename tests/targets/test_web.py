@@ -21,13 +21,13 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, web
 from gcvit_edge.targets.web import _runtime
-from gcvit_edge.targets.web._browser import BROWSERS, browser_version, find_browser
+from gcvit_edge.targets.web._browser import browser_version, find_browser
 from gcvit_edge.targets.web._server import GONE, PageServer
 
 
 @pytest.fixture(scope="module")
 def usable() -> None:
-    missing = web.missing() or (None if any(map(shutil.which, BROWSERS)) else "needs a browser")
+    missing = web.missing("")
     if missing and os.environ.get("CI") == "true":
         pytest.fail(missing)
     if missing:
@@ -104,7 +104,10 @@ def test_browsers_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no browser on PATH \(looked for chromium, .*apt install chromium"):
         find_browser("")
-    assert web.missing() == _runtime.missing_runtime()  # a browser that is none of the usual ones may be given
+    assert "apt install chromium" in str(web.missing(""))
+    assert "browser 'netscape'" in str(web.missing("netscape"))
+    # one that is none of the usual ones may be given
+    assert web.missing(program(tmp_path / "greeter", "", version="hello")) == _runtime.missing_runtime()
     with pytest.raises(UserError, match="--version says 'hello'"):
         browser_version(program(tmp_path / "greeter", "", version="hello"))
 

@@ -37,8 +37,12 @@ class Options:
     timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference in the browser (120)"})
 
 
-def missing() -> str | None:
-    return missing_runtime()  # which browser is known only when it is connected to
+def missing(address: str) -> str | None:
+    try:
+        find_browser(address)
+    except UserError as error:
+        return str(error)
+    return missing_runtime()
 
 
 def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
