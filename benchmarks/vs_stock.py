@@ -121,7 +121,7 @@ def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes:
     import timm
 
     model, info = network(name, img_size)
-    folder = folder / f"{name}-{model.config.img_size[0]}"
+    folder = folder / f"{name}-{model.config.img_size[0]}-{model.config.num_classes}"
     folder.mkdir(exist_ok=True)
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
