@@ -130,6 +130,10 @@ def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str,
     """Weights and ranges, once for all backends: calibrated, and fine-tuned if the recipe says so; and what the report says of it."""
     from gcvit_edge.quantization.calibrate import calibrate
 
+    if job.tuning is not None:
+        from gcvit_edge.training.qat import check_teacher
+
+        check_teacher(job.model, job.tuning, work, steps)
     images = _decode(job.calibration, job.info.preprocessing, work / "calib.npy", "read calibration images", steps)
     runtimes = roundings(job.recipe, job.backends)
     with steps.step("calibrate"):

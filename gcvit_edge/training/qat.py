@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
+from gcvit_edge.data import Labels, Preprocessing, class_indices, decode_images, find_images, inputs
+from gcvit_edge.measurement.accuracy import check_baseline, images_to_judge
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
@@ -23,6 +26,8 @@ from gcvit_edge.training.state import check_state, state_beside
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_CHECKED_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,30 @@ def plan_fine_tuning(
     accelerator = make_accelerator(device)
     micro_batches(settings, accelerator.num_processes)
     return FineTuning(settings, data, accelerator, state, resume)
+
+
+def check_teacher(model: GCViT, job: FineTuning, scratch: Path, steps: Steps) -> None:
+    """Labels in another order than the float model's logits are found before the training, not after it: on some of its images
+    float must be right more often than by chance. A run that is resumed has been checked.
+
+    scratch: a folder for the decoded images.
+
+    Raises:
+        CheckFailed: float is no better than chance.
+        UserError: more than 5 % of the images do not decode.
+    """
+    images = job.data.images.select(_CHECKED_IMAGES, job.settings.seed)
+    if job.resume or len(images.files) < images_to_judge(model.config.num_classes):
+        return
+    with steps.step("check float on training images", 2 * len(images.files)) as advance:
+        pixels = decode_images(images, job.data.preprocessing, scratch / "teacher.npy", advance)
+        answers = []
+        for image in inputs(pixels, job.data.preprocessing):
+            with torch.no_grad():
+                answers.append(model(torch.from_numpy(image)).numpy())
+            advance()
+    classes = dict(zip(job.data.images.files, job.data.classes, strict=True))
+    check_baseline(np.concatenate(answers), np.array([classes[images.files[kept]] for kept in pixels.kept]))
 
 
 def fine_tune(

@@ -278,6 +278,16 @@ def test_what_fails_after_training_is_resumed(
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
+def test_labels_in_another_order_are_found_before_the_training(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join([*CLASSES[1:], CLASSES[0]]))
+    assert main(["quantize", *requested(tiny), "--labels", str(labels), "-o", str(tmp_path / "bundle")]) == 4
+    said = capfd.readouterr().err
+    assert "the float model's top-1 is 0.0% on 24 images, no better than guessing (25.0%)" in said
+    assert "calibrate" not in said
+    assert list(tmp_path.iterdir()) == [labels]
+
+
 # requests
 
 
