@@ -58,10 +58,12 @@ def rows(name: str, report: dict[str, Any]) -> list[str]:
 def table() -> str:
     """The whole section, markers included."""
     reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))}
-    machine = next(iter(reports.values()))["machine"]
+    machines = sorted({f"{report['machine']['cpu']}, {report['machine']['threads']} threads" for report in reports.values()})
+    if len(machines) > 1:
+        raise SystemExit(f"results/*.json are of {' and '.join(machines)}, whose times do not belong into one table; measure all on one")
     lines = [row for name, report in reports.items() for row in rows(name, report)]
     note = (
-        f"GC ViT-XXT, `int8_ptq`, {machine['cpu']} ({machine['threads']} threads, batch 1, median). Every figure is read off the INT8 "
+        f"GC ViT-XXT, `int8_ptq`, {machines[0]}, batch 1, medians. Every figure is read off the INT8 "
         "artifact in its own runtime, against our float artifact on the same images in the same run."
     )
     return "\n".join([BEGIN, note, "", HEADER, *lines, END])
