@@ -45,6 +45,14 @@ class Board:
         """Process numbers of the sshd of every connection."""
         return [int(line) for line in subprocess.run(["pgrep", "-P", str(self.pid)], capture_output=True, text=True).stdout.split()]
 
+    def processes(self) -> list[int]:
+        """Process numbers of the sshds of every connection, the user's part first, where sshd has one."""
+        found = self.connections()
+        for pid in list(found):
+            users = subprocess.run(["pgrep", "-P", str(pid), "sshd"], capture_output=True, text=True).stdout.split()
+            found = [*map(int, users), *found]
+        return found
+
 
 @contextmanager
 def start_sshd(folder: Path) -> Iterator[Board]:

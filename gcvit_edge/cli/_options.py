@@ -53,8 +53,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: all CPUs)")
 
 
-def add_devices(parser: argparse.ArgumentParser) -> None:
-    """Where to measure: --target, --devices, --threads, --backend, and a flag for every option of a target."""
+def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> None:
+    """Where to measure: --target, --devices, --threads, --backend, and a flag for every option of a target.
+
+    evaluates: without the options that only timing has.
+    """
     from gcvit_edge.targets import target_names
 
     parser.add_argument(
@@ -63,9 +66,15 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if it is needed)")
     parser.add_argument("--backend", nargs="+", metavar="B", help="only the artifacts of these backends (default: all)")
-    add_threads(parser)
+    if evaluates:
+        text = "CPU threads of an artifact on targets that run one at a time (default: all CPUs; others run several, with one thread each)"
+        parser.add_argument("--threads", type=int, metavar="N", help=text)
+    else:
+        add_threads(parser)
     for name, options in _target_options().items():
         takers, (field, kind) = ", ".join(options), next(iter(options.values()))
+        if evaluates and field.metadata.get("benchmark"):
+            continue
         flag, text = f"--{name.replace('_', '-')}", f"{field.metadata['help']} (target {takers})"
         if kind is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
@@ -79,7 +88,7 @@ def devices(arguments: argparse.Namespace) -> "list[Device]":
 
     names, usual = arguments.target or ["local"], Path("devices.yaml")
     wanted = not all(map(names_target, names)) and usual.is_file()
-    options = {name: getattr(arguments, name) for name in _target_options() if getattr(arguments, name) is not None}
+    options = {name: getattr(arguments, name) for name in _target_options() if getattr(arguments, name, None) is not None}
     return find_devices(names, arguments.devices or (usual if wanted else None), arguments.threads, options)
 
 

@@ -22,7 +22,7 @@ With float artifacts in the bundle (quantize --keep-float), the drop against the
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder or .zip")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder or .zip of images, one sub-folder a class")
-    add_devices(parser)
+    add_devices(parser, evaluates=True)
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":

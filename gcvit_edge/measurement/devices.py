@@ -1,7 +1,7 @@
 """Which devices a request means: targets by name and address, or names from a devices.yaml."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def find_devices(names: Sequence[str], file: Path | None, threads: int | None, o
 
     Raises:
         UserError: an unknown device or target, a target that cannot be used here (the message says what to install), an option
-            that no device takes or whose value is wrong, or fewer than one thread.
+            that no device takes or whose value is wrong, a folder that cannot be written, or fewer than one thread.
     """
     entries = read_devices(file) if file else {}
     for name in names:
@@ -73,7 +73,7 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
 def _device(name: str, entry: dict[str, Any]) -> Device:
     target, address = parse_target(entry["target"])
     module = load_target(target)
-    options = {key: value for key, value in entry.items() if key not in ("target", "threads")}
+    options = {str(key): value for key, value in entry.items() if key not in ("target", "threads")}
     known = [field.name for field in fields(module.Options)]
     for key in options:
         if key not in known:
@@ -90,4 +90,16 @@ def _device(name: str, entry: dict[str, Any]) -> Device:
     missing = module.missing(address)
     if missing:
         raise UserError(f"target {target!r} cannot be used here: {missing}")
-    return Device(name, target, address, checked, threads)
+    return Device(name, target, address, _own_folders(name, checked), threads)
+
+
+def _own_folders(device: str, options: Any) -> Any:
+    """The options with a folder of this device in every folder that is written, made now: later it would cost what was measured."""
+    given = {field.name: getattr(options, field.name) for field in fields(options) if field.metadata.get("output")}
+    own = {key: folder / device.replace("/", "-") for key, folder in given.items() if folder is not None}
+    for key, folder in own.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{key}: cannot make folder {folder}: {error.strerror}; give another folder, not a file") from error
+    return replace(options, **own)

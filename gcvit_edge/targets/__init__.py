@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
 
 import gcvit_edge.targets as _package
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.registry import load_module, module_names
 
 if TYPE_CHECKING:
@@ -143,7 +143,11 @@ class Session(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckFailed:
+            if error is None or isinstance(error, Exception):
+                raise  # else it would hide an interruption
 
     def run(
         self, pixels: "Pixels", preprocessing: "Preprocessing", start: int, stop: int, advance: Callable[[], object]
@@ -232,7 +236,8 @@ class Target(Protocol):
 
     Options: ClassVar[type[Any]]
     """Frozen dataclass of the target's own options, all with defaults and a `help` in their metadata. Each is a key in
-    devices.yaml and a flag of `benchmark` and `evaluate`; str, int, Path or bool."""
+    devices.yaml and a flag of `benchmark` and `evaluate`; str, int, Path or bool. Metadata of some: `benchmark`, no flag of
+    `evaluate`; `output`, a folder that is written, in which every device has its own, by its name."""
 
     def missing(self, address: str) -> str | None:
         """What is missing on this machine and how to install it; None if the target can be used. address: as for `connect`, "" for any."""

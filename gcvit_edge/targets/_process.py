@@ -15,11 +15,14 @@ It ends when standard input does. When something fails it says so on standard er
 """
 
 import json
+import os
+import select
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.targets import Session, Timed
@@ -33,12 +36,23 @@ if TYPE_CHECKING:
 _INPUT, _OUTPUT = "images.f32", "logits.f32"
 
 # of the targets that run the native runner
-ETDUMP_HELP = "folder for an ETDump of each .pte's last timed runs, which slows them; `gcvit-edge profile --etdump` reads it"
+ETDUMP = {
+    "help": "folder for an ETDump of each .pte's last timed runs, which slows them; `gcvit-edge profile --etdump` reads it",
+    "benchmark": True,
+    "output": True,
+}
 
 
 def profile_file(folder: Path, artifact: "Artifact") -> Path:
-    """Where the ETDump of an artifact goes below `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Where the ETDump of an artifact goes in `folder`, which is made.
+
+    Raises:
+        CheckFailed: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckFailed(f"cannot make the folder of profiles {folder}: {error.strerror}") from error
     return folder.resolve() / f"{artifact.path.stem}.etdump"
 
 
@@ -85,18 +99,21 @@ class LocalFolder:
 class ProcessSession(Session):
     """The session of one such process."""
 
-    def __init__(self, artifact: "Artifact", command: Sequence[str], folder: Folder) -> None:
+    def __init__(self, artifact: "Artifact", command: Sequence[str], folder: Folder, timeout: float | None = None) -> None:
         """Starts `command` and waits until it has loaded the artifact; `folder` is removed at the end.
 
+        timeout: seconds for loading and for one inference; None waits for ever.
+
         Raises:
-            CheckFailed: it ended; the message ends with what it printed.
+            CheckFailed: it ended, took too long, or answers in another protocol; the message ends with what it printed.
         """
-        self.artifact = artifact
+        self.artifact, self._timeout = artifact, timeout
         self._folder, self._sent = folder, None
+        self._received = b""
         self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by close()
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         try:
-            ready = self._read()
+            ready = self._read("load_ms", "runtime_rss_mb", "runtime", "runtime_version")
         except BaseException:
             self.close()
             raise
@@ -106,7 +123,11 @@ class ProcessSession(Session):
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):  # not communicate(): what it has started may hold them
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
         self._log.close()
         self._folder.remove()
 
@@ -114,18 +135,20 @@ class ProcessSession(Session):
         import numpy as np
 
         self._command("infer", self._put(images), self._folder.path(_OUTPUT), *images.shape)
-        while "finished" not in self._read():
+        for _ in images:
+            self._read("done")
             advance()
+        self._read("finished")
         return np.frombuffer(self._folder.get(_OUTPUT), "<f4").reshape(len(images), -1).astype(np.float32)
 
     def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
         self._command("time", self._put(image), runs, *image.shape[1:])
-        answer = self._read()
+        answer = self._read("ms", "joules", inferences=runs)
         return Timed(tuple(answer["ms"]), answer["joules"])
 
     def peak_rss_mb(self) -> float:
         self._command("memory")
-        return self._read()["peak_rss_mb"]
+        return self._read("peak_rss_mb")["peak_rss_mb"]
 
     def _put(self, images: "NDArray[np.float32]") -> str:
         """The file of these images on the device, sent unless they are the ones sent last."""
@@ -137,23 +160,38 @@ class ProcessSession(Session):
     def _command(self, *words: object) -> None:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write("\t".join(map(str, words)) + "\n")
+            self._process.stdin.write(("\t".join(map(str, words)) + "\n").encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            self._fail()
+            self._fail(self._ending(self._process.wait()))
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, *keys: str, inferences: int = 1) -> dict[str, Any]:
+        """The next answer, which has these keys, to what so many inferences are needed for."""
+        line = self._line(None if self._timeout is None else inferences * self._timeout)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not answer.keys() >= set(keys):
+            self._fail(f"got {line[:200].decode(errors='replace')!r}, expected an answer of the runner with {', '.join(keys)}")
+        return answer
+
+    def _line(self, seconds: float | None) -> bytes:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):  # none, or one cut short
-            self._fail()
-        return json.loads(line)
+        while b"\n" not in self._received:
+            if not select.select([self._process.stdout], [], [], seconds)[0]:
+                self._fail(f"no answer within {seconds:.0f} s; give it longer with --timeout")
+            part = os.read(self._process.stdout.fileno(), 65536)
+            if not part:
+                self._fail(self._ending(self._process.wait()))
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
+        return line
 
-    def _fail(self) -> None:
-        code = self._process.wait()
+    def _fail(self, reason: str) -> NoReturn:
         self._log.seek(0)
         tail = "".join(self._log.readlines()[-15:])
-        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} ({self._ending(code)}):\n{tail}")
+        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} ({reason}):\n{tail}")
 
     def _ending(self, code: int) -> str:
         """What an exit code means; 137 is a shell's word for a child that was killed."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Session
 from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
-from gcvit_edge.targets._process import ETDUMP_HELP, ProcessSession, profile_file
+from gcvit_edge.targets._process import ETDUMP, ProcessSession, profile_file
 from gcvit_edge.targets._shell import Keeper, Shell
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class RemoteOptions:
         default=None, metadata={"help": "built for the device, libraries in `lib` beside it (default, except on Android: made here)"}
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
-    etdump: Path | None = field(default=None, metadata={"help": ETDUMP_HELP})
+    etdump: Path | None = field(default=None, metadata=ETDUMP)
+    timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference, and for loading (120)"})
 
 
 def cases(artifacts: "Sequence[Artifact]", options: RemoteOptions) -> list[Case]:
@@ -52,9 +53,12 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
     build: builds the runner for an architecture (`uname -m`), where the user has given none.
 
     Raises:
-        UserError: the device cannot be reached, the runner is not for its architecture, or `remote_dir` is another user's `~`.
+        UserError: `timeout` is not positive, the device cannot be reached, the runner is not for its architecture, or `remote_dir` is
+            another user's `~`.
         CheckFailed: its disk is full.
     """
+    if options.timeout < 1:
+        raise UserError(f"timeout must be at least 1 second, got {options.timeout}")
     parent = _folder_word(options.remote_dir) if options.remote_dir else shell.parent
     keeper = Keeper(shell, parent)
     try:
@@ -78,6 +82,7 @@ class Remote(Connection):
 
     def __init__(self, shell: Shell, keeper: Keeper, build: Callable[[str], Path], options: RemoteOptions) -> None:
         self.shell, self.keeper, self.etdump = shell, keeper, options.etdump
+        self.timeout = options.timeout
         self.folders: list[_SessionFolder] = []
         self._by_hash = str(Path(keeper.folder).parent) if options.keep_files else keeper.folder
         self._build = build
@@ -205,16 +210,23 @@ class RemoteSession(ProcessSession):
 
     def __init__(self, artifact: "Artifact", command: Sequence[str], folder: _SessionFolder) -> None:
         self._device = folder.device
-        super().__init__(artifact, command, folder)
+        super().__init__(artifact, command, folder, self._device.timeout)
 
     def close(self) -> None:
         try:
             if self._device.etdump is not None and self._process.poll() is None:
                 profile = self._device.shell.run(f"cat {quote(self._folder.path(_PROFILE))} 2>/dev/null; :")
                 if profile:  # else nothing was timed
-                    profile_file(self._device.etdump / self._device.shell.name, self.artifact).write_bytes(profile)
+                    self._keep(profile, self._device.etdump)
         finally:
             super().close()
+
+    def _keep(self, profile: bytes, folder: Path) -> None:
+        file = profile_file(folder, self.artifact)
+        try:
+            file.write_bytes(profile)
+        except OSError as error:
+            raise CheckFailed(f"cannot write profile {file}: {error.strerror}") from error
 
     def _ending(self, code: int) -> str:
         if not self._device.keeper.alive():

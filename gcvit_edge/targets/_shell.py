@@ -1,15 +1,18 @@
 """The shell of a device: scripts and files through it, and the keeper, which leaves nothing behind there.
 
 All that is put there lies in one folder, `gcvit-edge/run-PID-BOOT@HOST`. PID is the keeper: a shell on the device that waits for the
-end of its standard input and then kills what still runs and removes the folder, no matter whether this program is done, was killed or
-lost the connection. What it cannot remove, because the device lost its power, the next connection to this device does. BOOT is the
-kernel's name of the device's start, after which PID may be another process. HOST is its name: boards may share the home folder.
+end of its standard input, or for too long a silence there, and then kills what still runs and removes the folder, no matter whether this
+program is done, was killed or lost the connection, with a word or without one. What it cannot remove, because the device lost its
+power, the next connection to this device does. BOOT is the kernel's name of the device's start, after which PID may be another process.
+HOST is its name: boards may share the home folder.
 """
 
+import os
 import select
 import shutil
 import subprocess
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from shlex import quote
@@ -23,10 +26,22 @@ _START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
 _CALL_SECONDS = 60  # for a short script, and for a file besides
 _BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
 
-# HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file
+_BEAT_SECONDS = 5  # a line to the keeper
+_SILENT_BEATS = 12  # a minute without one, and the connection is lost: longer than a Wi-Fi's change of cells takes
+
+# HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file.
+# made: folders on the way that are not there yet. The beats: only who reads can tell that there are some, and only who does not wait
+# for them that there are none, so these are two processes
 _KEEPER = r"""
 trap '' HUP PIPE
 umask 077
+above={parent}
+made=gcvit-edge
+while [ ! -d "$above" ] && [ "$above" != / ] && [ "$above" != . ]; do
+    made="$(basename "$above")/$made"
+    above=$(dirname "$above")
+done
+above=$(cd "$above" && pwd)
 mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || exit 1
 host=$(uname -n)
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
@@ -36,15 +51,26 @@ for old in run-*"@$host"; do
     pid=${{pid%%-*}}
     [ "$old" != "$run" ] && [ "$old" = "run-$pid-$boot@$host" ] && kill -0 "$pid" 2>/dev/null || rm -rf "$old"
 done
-mkdir "$run" || exit 1
-cd "$run"
-echo "{greeting}$(pwd)"
-cat > /dev/null
-kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
-cd ..
-for again in 1 2 3 4 5; do rm -rf "$run" && break; sleep 1; done
-cd ..
-rmdir gcvit-edge 2>/dev/null
+mkdir "$run" && cd "$run" || exit 1
+folder=$(pwd)
+clean() {{
+    cd "$folder" || return
+    kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
+    cd ..
+    for again in 1 2 3 4 5; do rm -rf "$run" && break; sleep 1; done
+    cd "$above" && rmdir -p "$made" 2>/dev/null
+}}
+silent=0
+(cd /; while sleep {beat} && [ -d "$folder" ]; do
+    silent=$((silent + 1))
+    rm "$folder/beat" && silent=0
+    [ $silent -lt {beats} ] || {{ kill -9 $$; clean; }}
+done) < /dev/null > /dev/null 2>&1 &
+watcher=$!
+echo "{greeting}$folder"
+while read -r line; do true > beat; done
+kill $watcher
+clean
 :
 """
 
@@ -133,13 +159,17 @@ class Keeper:
             CheckFailed: its disk is full.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        command = shell.first_command(_KEEPER.format(parent=parent, greeting=_GREETING))
+        script = _KEEPER.format(parent=parent, greeting=_GREETING, beat=_BEAT_SECONDS, beats=_SILENT_BEATS)
+        command = shell.first_command(script)
+        self._ended = threading.Event()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         assert self._process.stdout is not None
         answered, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
         line = self._process.stdout.readline().decode(errors="replace").rstrip("\n") if answered else ""
         if line.startswith(_GREETING):
             self.folder = line.removeprefix(_GREETING)
+            self._beats = threading.Thread(target=self._beat, daemon=True)
+            self._beats.start()
             return
         if not answered:
             self._process.kill()
@@ -155,6 +185,15 @@ class Keeper:
             raise CheckFailed(f"{shell.name}: {_last_lines(self.printed)}{advice}")
         raise UserError(f"cannot use {shell.name}: {_last_lines(self.printed)}; {shell.refusal(self.printed)}")
 
+    def _beat(self) -> None:
+        """Tells the keeper again and again that somebody is there."""
+        assert self._process.stdin is not None
+        while not self._ended.wait(_BEAT_SECONDS):
+            try:
+                os.write(self._process.stdin.fileno(), b"\n")
+            except OSError:  # the connection is lost, which the next command says
+                return
+
     def alive(self) -> bool:
         """Whether the connection still holds; called when something failed, which may be noticed before its cause."""
         try:
@@ -164,6 +203,7 @@ class Keeper:
         return False
 
     def close(self) -> None:
+        self._ended.set()
         try:
             self._process.communicate(timeout=_START_SECONDS)
         except subprocess.TimeoutExpired:

@@ -52,7 +52,9 @@ class Options:
     """cpu: a key of `_CPUS`. count: whether sessions count instructions."""
 
     cpu: str = field(default="cortex-a76", metadata={"help": f"emulated CPU: {', '.join(_CPUS)} (default: cortex-a76)"})
-    count: bool = field(default=False, metadata={"help": "count instructions of one inference on one thread: all, SDOT, SMMLA, FMLA"})
+    count: bool = field(
+        default=False, metadata={"help": "count instructions of one inference on one thread: all, SDOT, SMMLA, FMLA", "benchmark": True}
+    )
 
 
 def missing(address: str) -> str | None:

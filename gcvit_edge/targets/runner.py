@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._cpus import fastest_here
-from gcvit_edge.targets._process import ETDUMP_HELP, LocalFolder, ProcessSession, profile_file
+from gcvit_edge.targets._process import ETDUMP, LocalFolder, ProcessSession, profile_file
 from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MEASURES_TIME = True
 class Options:
     """etdump: see its help."""
 
-    etdump: Path | None = field(default=None, metadata={"help": ETDUMP_HELP})
+    etdump: Path | None = field(default=None, metadata=ETDUMP)
 
 
 def missing(address: str) -> str | None:

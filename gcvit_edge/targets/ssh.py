@@ -1,7 +1,6 @@
 """A Linux board, by the OpenSSH client: Raspberry Pi, Jetson, any machine with 64-bit Linux. The user's own configuration holds."""
 
 import string
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.targets import Connection
 from gcvit_edge.targets._remote import RemoteOptions, cases, connect_shell
 from gcvit_edge.targets._shell import Shell, program_missing
+from gcvit_edge.targets._sockets import socket_folder
 
 __all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
@@ -49,7 +49,7 @@ def connect(address: str, options: Options) -> Iterator[Connection]:
     if address.startswith("-"):
         raise UserError(f"ssh:{address}: an address is [USER@]HOST, not an option of ssh")
     with (
-        tempfile.TemporaryDirectory(prefix="gcvit-edge-") as folder,
+        socket_folder() as folder,
         connect_shell(Ssh(address, options.ssh_config, Path(folder) / "ssh"), options, _build) as device,
     ):
         yield device

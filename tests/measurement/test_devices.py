@@ -97,6 +97,7 @@ def test_requests_that_are_refused(names: list[str], options: dict[str, str], me
         ("desk: {target: 'board:a', threads: many}", "device desk: threads: Input should be a valid integer"),
         ("desk: {target: 'board:a', threads: 0}", "threads must be at least 1, got 0"),
         ("desk: {target: 'board:a', blink: [1]}", "device desk: blink: "),
+        ("desk: {target: 'board:a', on: 1}", "unknown option of device desk 'True'"),  # which YAML reads so
         ("desk: {target: 'bord:a'}", "unknown target 'bord'; did you mean 'board'?"),
         ("desk: {target: local}\nlocal: {target: 'board:a'}", "gives the name 'local' to a device, but that is a target; give the device"),
         ("desk: {target: local}\n'board:pi': {target: local}", "gives the name 'board:pi' to a device"),
@@ -110,6 +111,19 @@ def test_files_that_are_refused(text: str, message: str, file: Path) -> None:
     with pytest.raises(UserError) as refused:
         find_devices(["desk"], file, None, {})
     assert message in str(refused.value)
+
+
+def test_every_device_writes_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "devices.yaml"
+    file.write_text("a/b: {target: runner}\ntwin: {target: runner}\n")
+    first, second = find_devices(["a/b", "twin"], file, None, {"etdump": tmp_path / "profiles"})
+    assert first.options.etdump == tmp_path / "profiles" / "a-b"
+    assert second.options.etdump == tmp_path / "profiles" / "twin"
+    assert first.options.etdump.is_dir()
+    with pytest.raises(
+        UserError, match=r"etdump: cannot make folder .*devices\.yaml/runner: Not a directory; give another folder, not a file"
+    ):
+        find_devices(["runner"], None, None, {"etdump": file})
 
 
 def test_a_target_that_cannot_be_used_says_what_to_install(tmp_path: Path) -> None:
@@ -128,3 +142,7 @@ def test_options_of_a_target_are_flags(capsys: pytest.CaptureFixture[str]) -> No
     assert "--blink blink (target board)" in shown
     assert " board, " in shown
     assert "(some take :ADDRESS)" in shown
+    assert "--etdump" in shown
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "--etdump" not in capsys.readouterr().out  # nothing is timed

@@ -2,11 +2,16 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
+from shlex import quote
 
 import pytest
+from boards import wait_for
 
+from gcvit_edge.targets import _shell
 from gcvit_edge.targets._shell import Keeper, Shell
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -55,3 +60,33 @@ def test_which_leftovers_are_removed(shell: str, tmp_path: Path) -> None:
 def test_a_leftover_with_the_number_of_the_new_keeper(shell: str, tmp_path: Path) -> None:
     Keeper(Here(shell, f"cd {tmp_path}; mkdir -p gcvit-edge/run-$$-{BOOT}@{HOST}/1"), str(tmp_path)).close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_folders_made_on_the_way_are_gone(shell: str, tmp_path: Path) -> None:
+    keeper = Keeper(Here(shell), quote(f"{tmp_path}/deep/er folder/"))
+    assert Path(keeper.folder).parents[1] == tmp_path / "deep" / "er folder"
+    keeper.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_connection_that_falls_silent(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing ends it: the network is gone, or this machine."""
+    monkeypatch.setattr(_shell, "_BEAT_SECONDS", 1)
+    monkeypatch.setattr(_shell, "_SILENT_BEATS", 3)
+    keeper = Keeper(Here(shell), str(tmp_path))
+    program = subprocess.Popen(["sleep", "60"])
+    try:
+        session = Path(keeper.folder, "1")
+        session.mkdir()
+        (session / "pid").write_text(str(program.pid))
+        time.sleep(5)
+        assert program.poll() is None
+        keeper._ended.set()  # this side is silent now
+        assert program.wait(10) == -signal.SIGKILL
+        wait_for(lambda: list(tmp_path.iterdir()) == [], "nothing is left")
+    finally:
+        program.kill()
+        program.wait()
+        keeper.close()

@@ -20,7 +20,7 @@ from gcvit_edge.backends.executorch import read_etdump
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.targets import Session, ssh
+from gcvit_edge.targets import Session, _shell, ssh
 from gcvit_edge.targets._remote import Remote
 from gcvit_edge.targets.ssh import Options, connect
 
@@ -187,6 +187,29 @@ def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Opt
     wait_for(lambda: not Path(f"/proc/{runner}").exists(), "the runner has ended")
 
 
+def test_a_network_that_is_lost_without_a_word(pte_bundle: Bundle, options: Options, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sshd does not know it either, so nothing ends there by itself."""
+    monkeypatch.setattr(_shell, "_BEAT_SECONDS", 1)
+    monkeypatch.setattr(_shell, "_SILENT_BEATS", 4)
+    monkeypatch.setattr(_shell, "_START_SECONDS", 1)  # to end the connection, which nobody answers
+    image = pte_bundle.golden_input()[:1]
+    connections: list[int] = []
+    try:
+        with loaded(pte_bundle, options) as session:
+            (runner,) = running(options)
+            session.time(image, 1)
+            connections = board.processes()
+            for pid in connections:
+                os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: not Path(f"/proc/{runner}").exists() and left(options) == [], "nothing is left", 30)
+            with pytest.raises(CheckFailed, match="the connection to board was lost"):
+                session.time(image, 1)
+    finally:
+        for pid in connections:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_connection_that_breaks_while_it_sends(pte_bundle: Bundle, options: Options, board: Board) -> None:
     case = ssh.cases(pte_bundle.artifacts, options)[0]
     with connect("board", options) as device:
@@ -268,7 +291,7 @@ def test_profiles_are_fetched(pte_bundle: Bundle, options: Options, tmp_path: Pa
     assert not (tmp_path / "profiles").exists()  # nothing was timed
     with loaded(pte_bundle, dumping) as session:
         session.time(image, 2)
-    operators, calls = read_etdump(tmp_path / "profiles" / "board" / "model.float.etdump")
+    operators, calls = read_etdump(tmp_path / "profiles" / "model.float.etdump")
     assert calls == 1
     assert any(each.kind == "matrix" and each.ms > 0 for each in operators)
     assert left(options) == []
@@ -276,9 +299,8 @@ def test_profiles_are_fetched(pte_bundle: Bundle, options: Options, tmp_path: Pa
 
 def cut(board: Board) -> None:
     """Ends the connections to the board from there, as if the network were gone."""
-    for pid in board.connections():
-        subprocess.run(["pkill", "-KILL", "-P", str(pid), "sshd"], check=False)  # the user's part, where sshd has one
-        with suppress(ProcessLookupError):  # which may have ended it already
+    for pid in board.processes():
+        with suppress(ProcessLookupError):  # one ends the other
             os.kill(pid, signal.SIGKILL)
 
 

@@ -6,7 +6,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
+import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from boards import need
 from target_contract import check_target
 
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, web
 from gcvit_edge.targets.web import _runtime
-from gcvit_edge.targets.web._browser import browser_version, find_browser
+from gcvit_edge.targets.web._browser import Browser, browser_version, find_browser
 from gcvit_edge.targets.web._server import GONE, PageServer
 
 
@@ -128,8 +133,50 @@ def test_a_page_that_never_answers(usable: None, bundle: Bundle, tmp_path: Path)
     assert "the page did not answer within 1 s; give it longer with --timeout, or try another browser as web:BROWSER" in said
 
 
-def test_a_tab_that_crashes(usable: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def group_ends(group: int) -> bool:
+    """Whether no process of the group is left, soon."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_launcher_that_ends_before_the_browser(tmp_path: Path) -> None:
+    browser = Browser(program(tmp_path / "launcher", "sleep 321 & exit 3"), "http://127.0.0.1:9")
+    while browser.exit_code is None:
+        time.sleep(0.02)
+    browser.close()
+    assert browser.exit_code == 3
+    assert group_ends(browser._process.pid)
+
+
+def test_no_browser_outlives_this_program(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom gcvit_edge.targets.web._browser import Browser\n"
+        "browser = Browser(sys.argv[1], 'http://127.0.0.1:9')\nprint(browser._process.pid, flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, program(tmp_path / "browser", "sleep 321 & sleep 322")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as user:
+        assert user.stdout
+        group = int(user.stdout.readline())
+        os.killpg(group, 0)
+        user.kill()
+    assert group_ends(group)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files, with a path as short as usual."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def test_a_tab_that_crashes(usable: None, bundle: Bundle, temporary: Path) -> None:
     with web.connect("", web.Options(timeout=30)) as connection:
         session = connection.open(Case(bundle.artifact("onnx"), "wasm"), 1, pinned=False)
         with session:
@@ -141,7 +188,7 @@ def test_a_tab_that_crashes(usable: None, bundle: Bundle, tmp_path: Path, monkey
             with pytest.raises(CheckFailed, match="the page is gone"):
                 session.time(bundle.golden_input()[:1], 1)
         assert not [p for p in processes if psutil.pid_exists(p.pid) and p.status() != psutil.STATUS_ZOMBIE]
-    assert list(tmp_path.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_error_in_the_page_is_told(usable: None, bundle: Bundle) -> None:
@@ -154,8 +201,8 @@ def test_an_error_in_the_page_is_told(usable: None, bundle: Bundle) -> None:
 @pytest.mark.slow
 def test_contract_in_firefox(usable: None, bundle: Bundle, tmp_path: Path) -> None:
     firefox = shutil.which("firefox") or shutil.which("firefox-esr")
-    if firefox is None:
-        pytest.skip("needs Firefox")
+    need(firefox, "Firefox: apt-get install firefox-esr")
+    assert firefox
     check_target("web", firefox, web.Options(), bundle, tmp_path)
 
 

@@ -3,7 +3,7 @@
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,9 +32,9 @@ _PAGE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Options:
-    """timeout: also for the browser to start, and to load the model."""
+    """timeout: also for the browser to start."""
 
-    timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference in the browser (120)"})
+    timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference, and for loading (120)"})
 
 
 def missing(address: str) -> str | None:
@@ -90,9 +90,12 @@ class Session(BaseSession):
         """
         self._name, self._web = artifact.path.name, web
         page = {name: _PAGE / name for name in ("page.html", "page.js")}
-        self._server = PageServer({**page, **runtime_files(), "model.onnx": artifact.path})
-        self._browser = Browser(web.path, f"{self._server.url}?threads={threads}")
+        self._open = ExitStack()
         try:
+            self._server = PageServer({**page, **runtime_files(), "model.onnx": artifact.path})
+            self._open.callback(self._server.close)
+            self._browser = Browser(web.path, f"{self._server.url}?threads={threads}")
+            self._open.callback(self._browser.close)
             self.runtime_version = self._answer()["version"]
             self.runtime_rss_mb = self._browser.peak_rss_mb()
             self.load_ms = self._command("load")["load_ms"]
@@ -101,8 +104,7 @@ class Session(BaseSession):
             raise
 
     def close(self) -> None:
-        self._browser.close()
-        self._server.close()
+        self._open.close()
 
     def infer(self, images: "NDArray[np.float32]", advance: Callable[[], object]) -> "NDArray[np.float32]":
         import numpy as np

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.errors import UserError
+from gcvit_edge.targets._sockets import socket_folder
 
 if TYPE_CHECKING:
     import psutil
@@ -33,6 +35,10 @@ _FIREFOX_PREFERENCES = {
     "datareporting.policy.dataSubmissionEnabled": False,
     "toolkit.telemetry.enabled": False,
 }
+
+# Runs the browser in the shell's place. Beside it something waits for the end of standard input, which comes with that of this
+# program, however it ends, and then kills the whole process group. In two steps, so that it is no child of the browser.
+_GUARD = 'exec 3<&0; ( (cat <&3; kill -KILL -$$) & ) > /dev/null; exec "$@" 3<&- < /dev/null'
 
 
 def find_browser(name: str) -> str:
@@ -70,7 +76,7 @@ class Browser:
     """A browser of its own on one page, with a new profile that goes with it."""
 
     def __init__(self, path: str, url: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-", ignore_cleanup_errors=True)
+        self._folder = socket_folder()
         profile = Path(self._folder.name) / "profile"
         profile.mkdir()
         self._log = Path(self._folder.name) / "log"
@@ -82,7 +88,10 @@ class Browser:
             root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
             command = [path, *_CHROMIUM, *root, f"--user-data-dir={profile}", url]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                ["sh", "-c", _GUARD, "sh", *command], stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, "TMPDIR": self._folder.name},  # Chromium leaves a folder there when it is killed
+            )  # fmt: skip
 
     @property
     def exit_code(self) -> int | None:
@@ -112,12 +121,12 @@ class Browser:
         import psutil
 
         processes = self._processes()
-        for process in processes:
-            try:
+        with suppress(ProcessLookupError):  # also what a launcher has started that has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in processes:  # and what has left the group
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self._process.wait()
+        self._process.communicate()
         psutil.wait_procs(processes, timeout=10)
         self._folder.cleanup()
 
