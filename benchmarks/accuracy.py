@@ -1,16 +1,17 @@
 """What quantization loses, by recipe and by algorithm: every artifact in its own runtime, against float on the same images.
 
-    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--labels FILE] [--only NAME ...] [--json FILE]
+    python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--labels FILE] [--only NAME ...] [--json FILE] [--again]
 
 --train sets ranges and everything that is fitted to images; --eval is only measured. Rows are the recipes, then the recipes with
-one algorithm changed at a time, on every fifth image. A row that --json has already is not measured again, so a run that was cut off
-goes on.
+one algorithm changed at a time, on every fifth image. A row that --json has already is not measured again if recipe, code and
+versions are the same, so a run that was cut off goes on; those of which that is not known are kept, and named, unless --again.
 """
 
 import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import load_backend, package_version
+from gcvit_edge.cache import digest, sources
 from gcvit_edge.data import Pixels, decode_images, find_images, inputs, read_labels
+from gcvit_edge.errors import unknown_name
 from gcvit_edge.lower import lower_float, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.model.gcvit import GCViT
@@ -88,9 +92,23 @@ class Bed:
     steps: Steps
 
 
+def recipe_of(row: Row) -> Recipe:
+    """The recipe as it is used."""
+    return row.change(parse_recipe(recipe_text(row.recipe), row.recipe))
+
+
+def made_by(row: Row) -> str:
+    """Digest of what decides the artifacts of a row, beside weights and images: recipe, code of the package, versions."""
+    recipe = recipe_of(row)
+    names = row.backends or recipe.backends
+    packages = sorted({package for name in names for package in load_backend(name).PACKAGES})
+    versions = (f"{package} {package_version(package)}" for package in packages)
+    return digest([recipe.model_dump_json(exclude={"description", "limits"}), repr(names), sources(), *versions])
+
+
 def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     """One entry for each backend of a row, and how far the backends agree with one another."""
-    recipe = row.change(parse_recipe(recipe_text(row.recipe), row.recipe))
+    recipe = recipe_of(row)
     info = bed.info
     images = find_images(bed.train, "calibration").select(recipe.calibration.images, recipe.calibration.seed)
     pixels = decode_images(images, info.preprocessing, work / "calib.npy")
@@ -105,12 +123,29 @@ def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     return [entry(row, artifact, each, logits, bed) for artifact, each in zip(artifacts, logits, strict=True)]
 
 
+def check_names(names: Iterable[str], source: str) -> None:
+    """Refuses names that no row has."""
+    known = [row.name for row in ROWS]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"{source}: {unknown_name('row', name, known)}")
+
+
 def check_rows(entries: list[dict[str, Any]], bed: Bed, file: Path | None) -> None:
     """Refuses to add to rows that were measured against another float model or on other images."""
     for each in entries:
         every = next(row.every for row in ROWS if row.name == each["row"])
         if each["images"] != len(bed.classes[::every]) or each["float_top1"] != float_top1(bed, every):
             raise SystemExit(f"{file} has rows of other --weights or --eval, such as {each['row']!r}; give another --json")
+
+
+def reusable(row: Row, entries: list[dict[str, Any]], again: bool) -> bool:
+    """Whether the row's entries are of this recipe, this code and these versions; where they do not say, unless `again`."""
+    found = {each.get("made_by") for each in entries if each["row"] == row.name}
+    if found == {None} and not again:
+        print(f"{row.name}: not checked whether recipe, code and versions are the same; --again measures it anew", file=sys.stderr)
+        return True
+    return found == {made_by(row)}
 
 
 def float_top1(bed: Bed, every: int) -> float:
@@ -134,6 +169,7 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "sqnr_db": round(accuracy.sqnr_db, 2),
         "cross": round(min(others), 6) if others else None,
         "size_bytes": artifact.size_bytes,
+        "made_by": made_by(row),
     }
 
 
@@ -160,8 +196,11 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, help="class names in the order of the logits (default: the checkpoint's)")
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure rows of --json anew that do not say what made them")
     arguments = parser.parse_args()
     entries = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    check_names((each["row"] for each in entries), str(arguments.json))
+    check_names(arguments.only or (), "--only")
     steps = Steps(Console(stderr=True))
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -179,8 +218,8 @@ def main() -> None:
         check_rows(entries, bed, arguments.json)
         order = [row.name for row in ROWS]
         for row in ROWS:
-            if (arguments.only is None or row.name in arguments.only) and row.name not in {each["row"] for each in entries}:
-                entries += measure(row, bed, work)
+            if (arguments.only is None or row.name in arguments.only) and not reusable(row, entries, arguments.again):
+                entries = [each for each in entries if each["row"] != row.name] + measure(row, bed, work)
                 entries.sort(key=lambda each: order.index(each["row"]))
                 if arguments.json:
                     arguments.json.write_text(json.dumps(entries, indent=2) + "\n")

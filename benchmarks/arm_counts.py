@@ -1,10 +1,10 @@
-"""What one inference costs on 64-bit ARM, in instructions: stock and ours, float and INT8, in ExecuTorch.
+"""What one inference costs on 64-bit ARM, in instructions: stock and ours, float and INT8, in ExecuTorch; ours by `int8_ptq_full` too.
 
     pip install timm==1.0.31
     python benchmarks/arm_counts.py [--model gcvit_xxtiny] [--folder DIR] [--json FILE]
 
-The files are those of `vs_stock.py`, counted as `--target arm64 --count` does: by a plugin of QEMU, one thread, the difference of two
-inferences and one. The answer of each file there must be the one that it gives on this machine.
+The other files are those of `vs_stock.py`. All are counted as `--target arm64 --count` does: by a plugin of QEMU, one thread, the
+difference of two inferences and one. The answer of each file there must be the one that it gives on this machine.
 """
 
 import argparse
@@ -17,19 +17,36 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from vs_stock import build, calibration_inputs, network
+from vs_stock import build, calibration_inputs, found, network
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.errors import CheckFailed
+from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.parity import check_parity
 from gcvit_edge.native.build import executorch_package
 from gcvit_edge.plan import SAMPLE_MODEL
 from gcvit_edge.progress import Steps
+from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import Case
 from gcvit_edge.targets.arm64 import Options, connect
 from gcvit_edge.targets.local import Session
 
 CPUS = ("cortex-a76", "max")  # dot products; matrix products
+FULL = "int8_ptq_full"
+
+
+def build_full(name: str, folder: Path, steps: Steps) -> Artifact:
+    """Ours by the recipe `FULL`; not built again if `folder` has it."""
+    output = folder / f"{name}-{FULL}"
+    if not output.exists():
+        with steps.step(f"our {FULL}"):
+            model, info = network(name, None)
+            images, recipe = calibration_inputs(info, folder), parse_recipe(recipe_text(FULL), FULL)
+            unfinished = folder / f"unfinished-{FULL}"
+            lower_quantized("executorch", calibrate(model, recipe, lambda: iter(images)), info, recipe, unfinished)
+            unfinished.rename(output)
+    return found("executorch", "int8", output)
 
 
 def preload_kernels() -> None:
@@ -65,6 +82,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         built = build(arguments.model, None, folder, steps, ["executorch"])
+        built.append((FULL, build_full(arguments.model, folder, steps)))
         image = calibration_inputs(network(arguments.model, None)[1], folder)[0]
         with steps.step("count", len(CPUS) * len(built)) as advance:
             for form, artifact in built:

@@ -6,12 +6,18 @@
 Stock is what a user does without us: timm's model, each tool's own exporter and INT8 quantizer, with their defaults. Ours is
 what `gcvit-edge quantize --recipe int8_ptq` makes. Both have the same weights, are calibrated on the same images and timed on the
 same input: one fresh process an artifact, the same threads, in turn, so that a slow minute of the machine hits all alike.
+
+What is no integer is computed in float32 in every runtime. OpenVINO does that on all CPUs only if it is told to, so where it would choose
+bfloat16 by itself its artifacts are timed in both ways, the second as "openvino bf16".
 """
 
 import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +27,31 @@ from rich.console import Console
 from rich.table import Table
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import backend_names, load_backend
+from gcvit_edge.backends import backend_names, load_backend, package_version
+from gcvit_edge.cache import digest, sources
 from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
 from gcvit_edge.measurement.machine import cpu_name
+from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
 from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.model.variants import variant_config
 from gcvit_edge.plan import SAMPLE_MODEL, sample_weights
 from gcvit_edge.progress import Steps
-from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
-from gcvit_edge.targets.local import Timing, default_threads, time_artifacts
+from gcvit_edge.targets._cpus import fastest_here
+from gcvit_edge.targets._process import LocalFolder, ProcessSession
+from gcvit_edge.targets.local import Session, default_threads
 
 ROUNDS = 40
 CALIBRATION_IMAGES = 16  # speed does not depend on them
 
 
 def stock_onnx(model: torch.nn.Module, images: list[np.ndarray], folder: Path) -> list[Artifact]:
-    """torch.onnx.export, quant_pre_process and quantize_static with their defaults."""
+    """torch.onnx.export, quant_pre_process and quantize_static with their defaults, but that there are no symbolic shapes to infer."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -70,7 +81,7 @@ def stock_openvino(model: torch.nn.Module, images: list[np.ndarray], folder: Pat
     artifacts = []
     for precision, each in (("float", graph), ("int8", quantized)):
         path = folder / f"stock.{precision}.xml"
-        openvino.save_model(each, path, compress_to_fp16=False)
+        openvino.save_model(each, path)  # weights that are float are halved, which is the default
         artifacts.append(Artifact("openvino", precision, path, (path, path.with_suffix(".bin"))))  # type: ignore[arg-type]
     return artifacts
 
@@ -103,7 +114,7 @@ STOCK = {"executorch": stock_executorch, "onnx": stock_onnx, "openvino": stock_o
 
 def network(name: str, img_size: int | None) -> tuple[GCViT, ModelInfo]:
     """The sample's weights where they fit, else random ones: speed does not depend on them."""
-    if name == SAMPLE_MODEL and img_size is None:
+    if name == SAMPLE_MODEL and img_size in (None, variant_config(name).img_size[0]):
         return load_model(str(sample_weights(name)))
     torch.manual_seed(0)
     model = create_model(name, img_size=img_size)
@@ -117,34 +128,42 @@ def calibration_inputs(info: ModelInfo, folder: Path) -> list[np.ndarray]:
 
 
 def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes: Sequence[str]) -> list[tuple[str, Artifact]]:
-    """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already of this model is not built again."""
+    """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already of this model, by the same sources and
+    versions, is not built again."""
     import timm
 
     model, info = network(name, img_size)
-    folder = folder / f"{name}-{model.config.img_size[0]}-{model.config.num_classes}"
+    versions = [f"{tool} {package_version(tool)}" for tool in ("torch", "timm", "executorch", "onnxruntime", "openvino", "nncf")]
+    state = digest([sources(), Path(__file__).read_bytes(), recipe_text("int8_ptq"), *versions])[:8]
+    folder = folder / f"{name}-{model.config.img_size[0]}-{model.config.num_classes}-{state}"
     folder.mkdir(exist_ok=True)
     theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
     theirs.load_state_dict(model.state_dict())
     images = calibration_inputs(info, folder)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-    calibrated = calibrate(model, recipe, lambda: iter(images))
+
+    @cache
+    def calibrated() -> Calibrated:
+        return calibrate(model, recipe, lambda: iter(images))
+
+    def ours(runtime: str, place: Path) -> None:
+        lower_float(runtime, model, info, place)
+        lower_quantized(runtime, calibrated(), info, recipe, place)
+
     artifacts: list[tuple[str, Artifact]] = []
     for runtime in runtimes:
-        ours, stock = folder / "ours", folder / f"stock-{runtime}"
-        if not stock.exists():
-            with steps.step(f"{runtime}: stock"):
-                unfinished = folder / f"unfinished-{runtime}"
-                unfinished.mkdir(exist_ok=True)
-                STOCK[runtime](theirs, images, unfinished)
-                unfinished.rename(stock)
-        for precision in ("float", "int8"):
-            if not (ours / load_backend(runtime).ARTIFACT.format(precision=precision)).exists():
-                with steps.step(f"{runtime}: our {precision}"):
-                    if precision == "float":
-                        lower_float(runtime, model, info, ours)
-                    else:
-                        lower_quantized(runtime, calibrated, info, recipe, ours)
-            artifacts += [("stock", found(runtime, precision, stock)), ("ours", found(runtime, precision, ours))]
+        ways: dict[str, Callable[[Path], object]] = {
+            "stock": lambda place, runtime=runtime: STOCK[runtime](theirs, images, place),
+            "ours": lambda place, runtime=runtime: ours(runtime, place),
+        }
+        for form, make in ways.items():
+            place, unfinished = folder / f"{form}-{runtime}", folder / f"unfinished-{form}-{runtime}"
+            if not place.exists():
+                with steps.step(f"{runtime}: {form}"):
+                    unfinished.mkdir(exist_ok=True)
+                    make(unfinished)
+                    unfinished.rename(place)
+        artifacts += [(form, found(runtime, precision, folder / f"{form}-{runtime}")) for precision in ("float", "int8") for form in ways]
     return artifacts
 
 
@@ -165,8 +184,8 @@ def macs(name: str, img_size: int | None) -> float:
     return counter.get_total_flops() / 2
 
 
-def integer_peak(threads: int) -> float:
-    """INT8 multiply-accumulates a second, the best of several large matrix products in OpenVINO."""
+def integer_peak(threads: int) -> float | None:
+    """INT8 multiply-accumulates a second, the fastest of 20 times of a large matrix product in OpenVINO; None if that is not in INT8."""
     import openvino
     from openvino import opset15 as ops
 
@@ -181,17 +200,48 @@ def integer_peak(threads: int) -> float:
     for _ in range(20):
         request.infer([data])
         times = [node.real_time.total_seconds() for node in request.profiling_info if "i8" in node.exec_type.lower()]
-        best = min(best, *times)
-    return size**3 / best
+        best = min([best, *times])
+    return size**3 / best if best < float("inf") else None
 
 
-def entry(form: str, artifact: Artifact, timing: Timing, stock: Timing) -> dict[str, Any]:
+class DefaultPrecision(ProcessSession):
+    """An OpenVINO artifact in the precision that OpenVINO chooses."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        cpus = fastest_here()
+        pinned = ",".join(map(str, cpus[:threads])) if threads < len(cpus) else ""
+        worker = Path(__file__).with_name("_openvino_defaults.py")
+        super().__init__(artifact, [sys.executable, str(worker), str(artifact.path.resolve()), str(threads), pinned], LocalFolder())
+
+
+def chooses_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU, unless it is told not to."""
+    import openvino
+
+    return openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16
+
+
+def time_built(
+    built: Sequence[tuple[str, Artifact]], side: Sequence[int], threads: int, steps: Steps
+) -> list[tuple[str, str, Artifact, Timing]]:
+    """(runtime, form, artifact, timing) of all, in turn."""
+    again = [each for each in built if each[1].backend == "openvino"] if chooses_bfloat16() else []
+    names = [artifact.backend for _, artifact in built] + ["openvino bf16"] * len(again)
+    image = np.random.default_rng(0).standard_normal((1, 3, *side), np.float32)
+    with ExitStack() as stack, steps.step("time", ROUNDS * len(names)) as advance:
+        sessions = [stack.enter_context(Session(artifact, threads, pinned=True)) for _, artifact in built]
+        sessions += [stack.enter_context(DefaultPrecision(artifact, threads)) for _, artifact in again]
+        timings = time_sessions(sessions, image, threads, QUICK.with_turns(ROUNDS), advance)
+    return [(name, *each, timing) for name, each, timing in zip(names, [*built, *again], timings, strict=True)]
+
+
+def entry(runtime: str, form: str, artifact: Artifact, timing: Timing, stock: Timing) -> dict[str, Any]:
     """One line of the result; the speed-up's spread is over rounds: each round's median against the stock float one's."""
     size = len(timing.samples) // ROUNDS
     ours, base = (np.median(np.reshape(t.samples, (ROUNDS, size)), axis=1) for t in (timing, stock))
     low, middle, high = np.percentile(base / ours, [25, 50, 75])
     return {
-        "runtime": artifact.backend,
+        "runtime": runtime,
         "form": form,
         "precision": artifact.precision,
         "p50_ms": round(timing.percentile(50), 3),
@@ -213,6 +263,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.build_only and not arguments.folder:
+        parser.error("--build-only needs the --folder to build into")
     steps = Steps(Console(stderr=True))
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
@@ -221,11 +273,17 @@ def main() -> None:
         if arguments.build_only:
             return
         side = create_model(arguments.model, img_size=arguments.img_size).config.img_size
-        with steps.step("time", ROUNDS * len(built)) as advance:
-            timings = time_artifacts([artifact for _, artifact in built], (1, 3, *side), arguments.threads, ROUNDS, advance)
-        stock = {a.backend: t for (form, a), t in zip(built, timings, strict=True) if (form, a.precision) == ("stock", "float")}
-        what = {"model": arguments.model, "img_size": list(side), "cpu": cpu_name(), "threads": arguments.threads}
-        entries = [what | entry(form, a, t, stock[a.backend]) for (form, a), t in zip(built, timings, strict=True)]
+        timed = time_built(built, side, arguments.threads, steps)
+        work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
+        stock = {runtime: timing for runtime, form, artifact, timing in timed if (form, artifact.precision) == ("stock", "float")}
+        what = {
+            "model": arguments.model, "img_size": list(side), "cpu": cpu_name(), "threads": arguments.threads,
+            "gmac": round(work / 1e9, 3), "integer_gmac_per_s": peak and round(peak / 1e9, 1),
+            "floor_ms": peak and round(1000 * work / peak, 3),
+        }  # fmt: skip
+        entries = [what | entry(*each, stock[each[0]]) for each in timed]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
     table = Table("runtime", "form", "precision", title=f"{arguments.model}, {cpu_name()}, {arguments.threads} threads, batch 1")
     for heading in ("ms p50", "min", "x stock float", "MB", "load ms", "peak MB"):
         table.add_column(heading, justify="right")
@@ -237,12 +295,12 @@ def main() -> None:
             f"{each['peak_rss_mb']:.0f}",
         )  # fmt: skip
     Console(width=120).print(table)
-    work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
-    floor, best = 1000 * work / peak, min(each["p50_ms"] for each in entries)
-    seen = f"{work / 1e9:.2f} GMAC; integer units were seen at {peak / 1e9:.0f} GMAC/s"
-    print(f"{seen}: the floor is {floor:.1f} ms, the fastest artifact takes {best / floor:.1f} times that")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+    if what["floor_ms"] is None:
+        print(f"{what['gmac']:.2f} GMAC; what integer units can do is not known: OpenVINO has no INT8 product on this CPU")
+        return
+    floor, best = what["floor_ms"], min(each["p50_ms"] for each in entries if each["precision"] == "int8")
+    seen = f"{what['gmac']:.2f} GMAC; integer units were seen at {what['integer_gmac_per_s']:.0f} GMAC/s"
+    print(f"{seen}: the floor is {floor:.1f} ms, the fastest INT8 artifact takes {best / floor:.1f} times that")
 
 
 if __name__ == "__main__":

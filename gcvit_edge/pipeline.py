@@ -24,7 +24,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import integer_operators, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
-from gcvit_edge.plan import Job, plan
+from gcvit_edge.plan import Job, check_held_out, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search
 from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifacts
@@ -151,6 +151,7 @@ def _hold_out(job: Job, work: Path, steps: Steps) -> HeldOut | None:
     if job.held_out is None:
         return None
     pixels = _decode(job.held_out, job.info.preprocessing, work / "held_out.npy", "read held-out images", steps)
+    check_held_out(job.recipe, job.held_out, len(pixels.kept))
     classes = class_indices(job.held_out, job.info.labels)[pixels.kept]
     return HeldOut(pixels, classes, job.info.preprocessing, ranking_images(job, work, steps))
 

@@ -132,7 +132,7 @@ def plan(
         from gcvit_edge.training.qat import plan_fine_tuning
 
         tuning = plan_fine_tuning(
-            parsed.qat, train, info.labels, info.preprocessing, target, device=device or "auto", resume=resume, force=force
+            parsed, selected, train, info.labels, info.preprocessing, target, device=device or "auto", resume=resume, force=force
         )
     return Job(
         parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float, tuning
@@ -212,15 +212,26 @@ def _held_out(recipe: Recipe, rest: ImageFolder, labels: Labels) -> ImageFolder:
             "lost; give a --max-drop over 0"
         )
     held_out = rest.select(recipe.search.images, recipe.calibration.seed)
-    needed = images_that_show(limit)
-    if len(held_out.files) < needed:
-        raise UserError(
-            f"{rest.root} leaves {len(held_out.files)} images that do not calibrate, and {recipe.name} looks at {recipe.search.images} at "
-            f"most; to show a drop of at most {limit} points with 95 % confidence takes {needed}, better three times as many. Give more "
-            "images in --calib, a larger `search.images`, or a larger --max-drop"
-        )
+    check_held_out(recipe, held_out, len(held_out.files))
     class_indices(held_out, labels)
     return held_out
+
+
+def check_held_out(recipe: Recipe, held_out: ImageFolder, count: int) -> None:
+    """That `count` of the held-out images can show a drop within the limit of a recipe that searches.
+
+    Raises:
+        UserError: they are too few.
+    """
+    assert recipe.search is not None
+    needed = images_that_show(recipe.limits.max_drop)
+    if count < needed:
+        unreadable = f" (of {len(held_out.files)}, of which the others do not decode)" if count < len(held_out.files) else ""
+        raise UserError(
+            f"{held_out.root} leaves {count} images that do not calibrate{unreadable}, and {recipe.name} looks at {recipe.search.images} "
+            f"at most; to show a drop of at most {recipe.limits.max_drop} points with 95 % confidence takes {needed}, better three times "
+            "as many. Give more images in --calib, a larger `search.images`, or a larger --max-drop"
+        )
 
 
 def _check_keep_float(network: "GCViT", patterns: Sequence[str]) -> None:

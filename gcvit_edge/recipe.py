@@ -70,6 +70,11 @@ class Recipe(Section):
             raise ValueError(
                 f"`operators`: {', '.join(activations)} rounds activations, which {self.precision} leaves in float; leave it out"
             )
+        if self.calibration.unit_softmax and "attention" not in self.operators:
+            raise ValueError(
+                f"`calibration.unit_softmax` is for the softmax in integers, not for {self._contents()}; leave it out, or add `attention` "
+                "to `operators`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -82,6 +87,8 @@ class Recipe(Section):
             raise ValueError("`qat` trains biases too; leave out `bias_correction`, or `qat`")
         if self.qat is not None and self.rounding == "adaptive":
             raise ValueError("`qat` trains weights as they are rounded to the nearest; leave out `rounding: adaptive`, or `qat`")
+        if self.qat is not None and self.calibration.unit_softmax:
+            raise ValueError("`qat` trains the range of the softmax too; leave out `calibration.unit_softmax`, or `qat`")
         return self
 
     def _contents(self) -> str:

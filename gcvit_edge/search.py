@@ -6,7 +6,7 @@ Layers are ranked in PyTorch by what their rounding alone adds to the noise of t
 None, if plain INT8 is. Each backend is searched for itself, because noise depends on how a runtime rounds, and time on its kernels.
 
 The safe choice, with which the result is compared, knows nothing of sensitivity: layers stay float from the image on, the fewest
-with which the noise is as low.
+with which the noise is as low. Should it be the faster one, and within the limit, it is taken.
 """
 
 import shutil
@@ -139,7 +139,7 @@ def search(
     plain = accuracy(())
     tried = [_trial((), plain, recipe.limits)]
     if within(plain, recipe.limits):
-        report = {"kept_float": [], "safe_choice": [], "tried": tried, "latency_ms": None}
+        report = {"kept_float": [], "found": [], "safe_choice": [], "tried": tried, "latency_ms": None}
         return moved(lower(()), folder), report
     images = held_out.ranking
     order = frontier(rank(name, calibrated, recipe, images, steps))
@@ -160,8 +160,13 @@ def search(
         timings = time_artifacts(list(timed.values()), images[0].shape, threads, TIMED_ROUNDS, lambda: None)
     latency = {kind: round(timing.percentile(50), 3) for kind, timing in zip(timed, timings, strict=True)}
     latency["predicted"] = round(predicted_ms(order, counts[good], latency["float"], latency["plain"]), 3)
-    report = {"kept_float": sorted(keep), "safe_choice": safe, "tried": tried, "latency_ms": latency}
-    return moved(lower(keep), folder), report
+    shipped = keep
+    if latency["safe"] < latency["chosen"]:  # time is not multiplications alone
+        measured = accuracy(tuple(safe))
+        tried.append(_trial(safe, measured, recipe.limits))
+        shipped = tuple(safe) if within(measured, recipe.limits) else keep
+    report = {"kept_float": sorted(shipped), "found": sorted(keep), "safe_choice": safe, "tried": tried, "latency_ms": latency}
+    return moved(lower(shipped), folder), report
 
 
 def moved(artifact: Artifact, folder: Path) -> Artifact:

@@ -13,20 +13,23 @@ import torch
 from PIL import Image
 from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined
 
+from gcvit_edge import analysis as module
 from gcvit_edge.analysis import drift, pareto, plan_analysis
 from gcvit_edge.cli import main
-from gcvit_edge.data import Labels
-from gcvit_edge.lower import written
+from gcvit_edge.data import Labels, decode_images, inputs
+from gcvit_edge.lower import roundings, simulate, written
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import describe_model
+from gcvit_edge.plan import Job
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.sensitivity import logits
 from gcvit_edge.recipe import parse_recipe
+from gcvit_edge.report.plots import sensitivity_plot
 from gcvit_edge.search import Layer, rank
 
-PLAIN = "name: plain\ndescription: x\ncalibration: {images: 24}\nsearch: {ranked_by: 4}\nlimits: {max_drop: 100, min_agreement: 0}\n"
+PLAIN = "name: plain\ndescription: x\ncalibration: {images: 24}\nsearch: {ranked_by: 6}\nlimits: {max_drop: 100, min_agreement: 0}\n"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,22 @@ def test_plots_are_pictures(analysis: tuple[Path, dict[str, Any], str]) -> None:
         assert "</svg>" in (folder / f"{stem}.svg").read_text()
 
 
+def test_all_rounded_is_of_the_images_of_the_layers(
+    analysis: tuple[Path, dict[str, Any], str], ruined: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = planned(ruined, tmp_path)
+    assert len(job.ranking.files) > module.COMPARED_IMAGES
+    images = list(inputs(decode_images(job.ranking, job.info.preprocessing, tmp_path / "ranking.npy"), job.info.preprocessing))
+    pixels = decode_images(job.calibration, job.info.preprocessing, tmp_path / "calib.npy")
+    name = analysis[2]
+    calibrated = calibrate(job.model, job.recipe, lambda: inputs(pixels, job.info.preprocessing), roundings(job.recipe, [name]))
+    rounded, exact = (logits(make(name, calibrated, job.recipe), images) for make in (simulate, written))
+    (entry,) = analysis[1]["backends"]
+    assert entry["all_rounded_db"] == round(sqnr_db(rounded, exact), 2) != entry["logits"]["simulated_db"]
+    drawn = sensitivity_plot(analysis[1], entry).axes[1].texts[0].get_text()
+    assert drawn == f" all rounded: {entry['all_rounded_db']:.1f} dB"
+
+
 def test_again_it_measures_nothing_and_says_the_same(
     analysis: tuple[Path, dict[str, Any], str],
     ruined: Tiny,
@@ -131,7 +150,7 @@ def test_again_it_measures_nothing_and_says_the_same(
     monkeypatch.setattr("gcvit_edge.quantization.sensitivity._sqnr", lambda *_: pytest.fail("measured again"))
     assert main(["analyze", *options(ruined, tmp_path / "plain.yaml"), "--backend", analysis[2], "--json"]) == 0
     again = json.loads(capfd.readouterr().out)
-    for key in ("layers", "logits", "drift"):
+    for key in ("all_rounded_db", "layers", "logits", "drift"):
         assert again["backends"][0][key] == analysis[1]["backends"][0][key]
     assert again["activations"] == analysis[1]["activations"]
 
@@ -157,16 +176,19 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
     save_checkpoint(other, describe_model(other, Labels.of(CLASSES)), tmp_path / "other.safetensors", half=False)
     given[given.index("--weights") + 1] = str(tmp_path / "other.safetensors")
     assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 4
-    assert "onnx.int8 of the bundle is not of these weights and calibration images" in capfd.readouterr().err
+    assert "onnx.int8 of the bundle is not of these weights: " in capfd.readouterr().err
+
+
+def planned(tiny: Tiny, folder: Path, recipe: str = PLAIN) -> Job:
+    (folder / "planned.yaml").write_text(recipe)
+    return plan_analysis(
+        None, str(folder / "planned.yaml"), folder, model=None, weights=str(tiny.weights), num_classes=None, labels=None,
+        preprocessing=None, calib=tiny.calib, eval=tiny.evaluation, backends=None, threads=1,
+    )  # fmt: skip
 
 
 def test_a_recipe_that_searches_needs_no_more_images_here(ruined: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "strict.yaml").write_text(PLAIN.replace("max_drop: 100", "max_drop: 0"))
-    job = plan_analysis(
-        None, str(tmp_path / "strict.yaml"), tmp_path, model=None, weights=str(ruined.weights), num_classes=None, labels=None,
-        preprocessing=None, calib=ruined.calib, eval=ruined.evaluation, backends=None, threads=1,
-    )  # fmt: skip
-    assert job.held_out is None
+    assert planned(ruined, tmp_path, PLAIN.replace("max_drop: 100", "max_drop: 0")).held_out is None
 
 
 def test_what_is_fitted_to_rounding_is_not_taken_for_float(ruined: Tiny, cache: Path, tmp_path: Path) -> None:

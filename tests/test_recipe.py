@@ -84,6 +84,14 @@ def test_recipes_do_not_change() -> None:
         ({"bias_correction": True, "operators": ["conv"]}, "not for conv in int8"),
         ({"bias_correction": True, "rounding": "adaptive"}, "`rounding: adaptive` leaves no mean error for `bias_correction`"),
         ({"bias_correction": True, "qat": {}}, "`qat` trains biases too; leave out `bias_correction`, or `qat`"),
+        (
+            {"calibration": {"unit_softmax": True}},
+            "`calibration.unit_softmax` is for the softmax in integers, not for linear, conv in int8; leave it out, or add `attention`",
+        ),
+        (
+            {"calibration": {"unit_softmax": True}, "operators": ["linear", "attention"], "qat": {}},
+            "`qat` trains the range of the softmax too; leave out `calibration.unit_softmax`, or `qat`",
+        ),
         ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],
 )

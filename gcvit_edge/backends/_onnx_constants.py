@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 
 def fold_at_load(model: "ModelProto") -> None:
@@ -20,13 +20,13 @@ def fold_at_load(model: "ModelProto") -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in tensors:
+        if not _is_symmetric(node, tensors):
             nodes.append(node)
             continue
         scale = numpy_helper.to_array(tensors[node.input[1]])
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         rank = len(tensors[node.input[0]].dims)
-        shape = [-1 if index == axis else 1 for index in range(rank)] if scale.ndim else []
+        shape = [-1 if index == axis % rank else 1 for index in range(rank)] if scale.ndim else []
         factor = numpy_helper.from_array(np.ascontiguousarray(scale.reshape(shape)), f"{node.output[0]}.scale")
         graph.initializer.append(factor)
         nodes.append(helper.make_node("Cast", [node.input[0]], [f"{node.output[0]}.values"], to=1))  # FLOAT
@@ -37,3 +37,16 @@ def fold_at_load(model: "ModelProto") -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _is_symmetric(node: "NodeProto", tensors: "dict[str, TensorProto]") -> bool:
+    """Whether it takes an INT8 initializer to float by a scale a tensor or a channel, with zero points of 0."""
+    from onnx import TensorProto, numpy_helper
+
+    names = [name for name in node.input if name]
+    if node.op_type != "DequantizeLinear" or not tensors.keys() >= set(names):
+        return False
+    values, scale, *zero_points = (tensors[name] for name in names)
+    by_block = any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
+    is_shifted = any(numpy_helper.to_array(zero_point).any() for zero_point in zero_points)
+    return (values.data_type, scale.data_type) == (TensorProto.INT8, TensorProto.FLOAT) and not by_block and not is_shifted

@@ -38,7 +38,10 @@ def _sum_and_norm(op: Any, x: Any, other: Any, weight: Any) -> Any:
 
 
 def _is_over_last_axis(context: Any, normed: "Value", **_: Any) -> bool:
-    return normed.producer().attributes["axis"].as_int() == -1  # type: ignore[union-attr]
+    node = normed.producer()
+    assert node is not None
+    x, axis = node.inputs[0], node.attributes.get_int("axis", -1)
+    return axis == -1 or (x is not None and x.shape is not None and axis == len(x.shape) - 1)
 
 
 def _is_plain_sum(context: Any, x: "Value", other: "Value", normed: "Value", **_: Any) -> bool:
@@ -60,4 +63,6 @@ def _skip_norm(op: Any, x: "Value", other: "Value", weight: "Value", epsilon: fl
 
 
 def _epsilon(normed: "Value") -> float:
-    return normed.producer().attributes["epsilon"].as_float()  # type: ignore[union-attr]
+    node = normed.producer()
+    assert node is not None
+    return node.attributes.get_float("epsilon", 1e-5)

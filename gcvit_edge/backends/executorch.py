@@ -6,6 +6,7 @@ The whole network is one XNNPACK delegate call. Sources: ExecuTorch 1.5, "XNNPAC
 import copy
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
-from gcvit_edge.errors import CheckFailed
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
@@ -132,12 +133,24 @@ def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> 
 
 
 def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
-    """The operators, and the number of delegate calls, of an ETDump file of any machine."""
+    """The operators, and the number of delegate calls, of an ETDump file of any machine.
+
+    Raises:
+        UserError: it is no such file, or not a whole one.
+    """
     from executorch.devtools import Inspector
 
+    try:
+        blocks = Inspector(etdump_path=str(path)).event_blocks
+    except OSError:
+        raise
+    except Exception as error:  # of several kinds, by where the file stops to be one
+        raise UserError(
+            f"{path} is no ETDump, or not a whole one; expected a file that `gcvit-edge benchmark --etdump DIR` wrote"
+        ) from error
     operators: list[Operator] = []
     delegate_calls = 0
-    for block in Inspector(etdump_path=str(path)).event_blocks:
+    for block in blocks:
         for event in block.events:
             delegate_calls += event.name == "DELEGATE_CALL"
             times = event.perf_data.raw if event.perf_data else []
@@ -148,7 +161,18 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
             kind = _kind(name)
             integer = kind == "matrix" and any(part in name for part in ("QS8", "QU8", "QD8", "QDU8", "QC8)"))
             operators.append(Operator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
-    return operators, delegate_calls
+    return _averages_apart(operators), delegate_calls
+
+
+def _averages_apart(operators: list[Operator]) -> list[Operator]:
+    """Averages over channels, of norms and centring, are products too, which only what they are for tells from linears: the operator
+    after them is a root or a difference."""
+
+    def apart(each: Operator, following: Operator) -> Operator:
+        is_average = each.operator.startswith("Fully Connected") and following.operator.startswith(("Reciprocal Square Root", "Subtract"))
+        return replace(each, operator=f"{each.operator} of averages", kind="other") if is_average else each
+
+    return [*map(apart, operators, operators[1:]), *operators[-1:]]
 
 
 def _kind(name: str) -> Kind:

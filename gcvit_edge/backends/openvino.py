@@ -169,9 +169,9 @@ def requirements(path: Path) -> dict[str, Any]:
 
 
 _KINDS: dict[str, Kind] = {
-    "FullyConnected": "matrix", "FullyConnectedQuantizedLegacy": "matrix", "Convolution": "matrix", "GroupConvolution": "matrix",
-    "MatMul": "matrix", "FakeQuantize": "quantization", "Convert": "quantization", "Transpose": "layout", "Reorder": "layout",
-    "Reshape": "layout", "Broadcast": "layout",
+    "FullyConnected": "matrix", "FullyConnectedQuantizedLegacy": "matrix", "FullyConnectedCompressed": "matrix", "Convolution": "matrix",
+    "GroupConvolution": "matrix", "MatMul": "matrix", "FakeQuantize": "quantization", "Convert": "quantization", "Transpose": "layout",
+    "Reorder": "layout", "Reshape": "layout", "Broadcast": "layout",
 }  # fmt: skip
 
 

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from gcvit_edge.cli import Result
 
-HELP = """where the time of an artifact goes, operator by operator, and why INT8 is as fast as it is
+HELP = """where the time of an artifact goes, operator by operator, and why it is as fast as it is
 
 From the runtime's own profiler: ONNX Runtime's, OpenVINO's counters, ExecuTorch's ETDump with XNNPACK's operators. Bundles with
-float artifacts (quantize --keep-float) show both, and what INT8 saves and costs.
+float artifacts (quantize --keep-float) show both, and what quantization saves and costs.
 
   gcvit-edge profile BUNDLE --backend openvino
   gcvit-edge profile BUNDLE --backend executorch --etdump FILE    a profile that `benchmark --etdump` wrote on a device

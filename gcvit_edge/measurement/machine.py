@@ -21,13 +21,18 @@ INT8_FEATURES = {
     "aarch64": (("asimd", "NEON"), ("asimddp", "INT8 dot products"), ("i8mm", "INT8 matrix products")),
 }
 
-# Arm's part numbers, for CPUs whose /proc/cpuinfo has no name. Source: Linux, arch/arm64/include/asm/cputype.h
-_ARM_PARTS = {
-    0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD07: "Cortex-A57", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
-    0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77", 0xD40: "Neoverse-V1", 0xD41: "Cortex-A78",
-    0xD42: "Cortex-A78AE", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510", 0xD47: "Cortex-A710", 0xD48: "Cortex-X2", 0xD49: "Neoverse-N2",
-    0xD4B: "Cortex-A78C", 0xD4D: "Cortex-A715", 0xD4E: "Cortex-X3", 0xD4F: "Neoverse-V2", 0xD80: "Cortex-A520", 0xD81: "Cortex-A720",
-    0xD82: "Cortex-X4",
+# part numbers of each implementer, for CPUs whose /proc/cpuinfo has no name. Sources: Linux, arch/arm64/include/asm/cputype.h;
+# util-linux, sys-utils/lscpu-arm.c
+_ARM, _HISILICON = 0x41, 0x48
+_PARTS = {
+    _ARM: {
+        0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD07: "Cortex-A57", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
+        0xD0A: "Cortex-A75", 0xD0B: "Cortex-A76", 0xD0C: "Neoverse-N1", 0xD0D: "Cortex-A77", 0xD40: "Neoverse-V1", 0xD41: "Cortex-A78",
+        0xD42: "Cortex-A78AE", 0xD44: "Cortex-X1", 0xD46: "Cortex-A510", 0xD47: "Cortex-A710", 0xD48: "Cortex-X2", 0xD49: "Neoverse-N2",
+        0xD4B: "Cortex-A78C", 0xD4D: "Cortex-A715", 0xD4E: "Cortex-X3", 0xD4F: "Neoverse-V2", 0xD80: "Cortex-A520", 0xD81: "Cortex-A720",
+        0xD82: "Cortex-X4",
+    },
+    _HISILICON: {0xD01: "TaiShan-v110", 0xD40: "Cortex-A76", 0xD41: "Cortex-A77"},
 }  # fmt: skip
 
 # for any POSIX shell, Android's and BusyBox's too; what a machine does not have stays empty
@@ -118,8 +123,12 @@ def _cpu_name(cpuinfo: str) -> str | None:
     name = re.search(r"^model name\s*:\s*(.+)", cpuinfo, re.MULTILINE)
     if name:
         return name.group(1).strip()
-    parts = Counter(int(part, 16) for part in re.findall(r"^CPU part\s*:\s*(0x[0-9a-fA-F]+)", cpuinfo, re.MULTILINE))
-    return " + ".join(f"{count}x {_ARM_PARTS.get(part, f'Arm part {part:#x}')}" for part, count in sorted(parts.items())) or None
+    cpus = re.findall(r"^CPU implementer\s*:\s*(0x\w+)$.*?^CPU part\s*:\s*(0x\w+)$", cpuinfo, re.MULTILINE | re.DOTALL)
+    kinds = Counter((int(implementer, 16), int(part, 16)) for implementer, part in cpus)
+    names = [
+        f"{count}x {_PARTS.get(implementer, {}).get(part, f'Arm part {part:#x}')}" for (implementer, part), count in sorted(kinds.items())
+    ]
+    return " + ".join(names) or None
 
 
 def _temperatures(text: str) -> dict[str, float]:

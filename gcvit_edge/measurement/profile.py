@@ -26,7 +26,7 @@ RUNS = 30
 @dataclass(frozen=True)
 class Operator:
     """One operator of a compiled artifact. operator: the runtime's name of its kind. ms: median over runs. integer: its products are
-    in INT8. delegated: inside a delegate, or run by the one execution provider there is."""
+    in INT8. delegated: inside a delegate, in a runtime that has them."""
 
     name: str
     operator: str
@@ -41,7 +41,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
     such a file does not say how many threads there were, nor of what precision it is, unless its name does (`profile_file`).
 
     Raises:
-        UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch.
+        UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch or is no ETDump.
         CheckFailed: the golden input of the bundle is missing or damaged.
     """
     from gcvit_edge.backends import load_backend
@@ -67,23 +67,25 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         for precision in sorted(artifacts, key=lambda precision: precision != "float"):
             with steps.step(f"profile {backend}.{precision}"):
                 profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
+    name = list(profiles)[-1]
     return {
         "model": bundle.info.name,
         "backend": backend,
         "threads": threads,
         "profiles": profiles,
-        "verdict": verdict(list(profiles.values())[-1], profiles["float"] if len(profiles) > 1 else None),
+        "verdict": verdict(name, profiles[name], profiles.get("float") if name != "float" else None),
     }
 
 
 def summarize(operators: Sequence[Operator], delegate_calls: int | None) -> dict[str, Any]:
-    """Totals of a profile: time and number by kind and by operator, and what is in integers."""
+    """Totals of a profile: time and number by kind and by operator, and what is in integers. delegate_calls: None in a runtime without
+    delegates, where there is no share of them either."""
     total = sum(each.ms for each in operators)
     by_kind: dict[str, list[Operator]] = {kind: [each for each in operators if each.kind == kind] for kind in KINDS}
     by_name: dict[tuple[str, str, bool], list[float]] = defaultdict(list)
     for each in operators:
         by_name[each.operator, each.kind, each.integer].append(each.ms)
-    matrix = by_kind["matrix"]
+    matrix, delegated = by_kind["matrix"], sum(each.ms for each in operators if each.delegated)
     return {
         "total_ms": round(total, 3),
         "kinds": {kind: {"ms": round(sum(e.ms for e in each), 3), "count": len(each)} for kind, each in by_kind.items()},
@@ -93,7 +95,7 @@ def summarize(operators: Sequence[Operator], delegate_calls: int | None) -> dict
             "ms": round(sum(each.ms for each in matrix if each.integer), 3),
         },
         "delegate_calls": delegate_calls,
-        "delegated_share": round(sum(each.ms for each in operators if each.delegated) / total, 4) if total else None,
+        "delegated_share": round(delegated / total, 4) if total and delegate_calls is not None else None,
         "operators": [
             {"operator": name, "kind": kind, "integer": integer, "count": len(times), "ms": round(sum(times), 3)}
             for (name, kind, integer), times in sorted(by_name.items(), key=lambda item: -sum(item[1]))
@@ -101,35 +103,54 @@ def summarize(operators: Sequence[Operator], delegate_calls: int | None) -> dict
     }
 
 
-def verdict(quantized: dict[str, Any], reference: dict[str, Any] | None) -> list[str]:
-    """Why an artifact is as fast as it is; `reference` is the summary of its float original."""
-    kinds, total, integer = quantized["kinds"], quantized["total_ms"], quantized["integer"]
-    matrix, rest = kinds["matrix"]["ms"], kinds["other"]["ms"]
-    overhead = kinds["quantization"]["ms"] + kinds["layout"]["ms"]
-    lines = [
-        f"{integer['count']} of {integer['of']} linears, convolutions and attention products are integer arithmetic: "
-        f"{integer['ms']:.1f} of {matrix:.1f} ms. The rest of the {total:.1f} ms: {overhead:.1f} rounding and layout, "
-        f"{rest:.1f} float operators between them."
-    ]
-    share = quantized["delegated_share"]
-    if quantized["delegate_calls"] is not None:
-        calls = quantized["delegate_calls"]
+def verdict(name: str, profile: dict[str, Any], reference: dict[str, Any] | None) -> list[str]:
+    """Why an artifact is as fast as it is.
+
+    name: its precision, or the file of the profile where that is not known. reference: the summary of its float original.
+    """
+    total, integer = profile["total_ms"], profile["integer"]
+    if not total:
+        return ["The profile has no operators."]
+    ms = _ms(profile)
+    if integer["count"]:
+        products = f"{integer['count']} of {integer['of']} linears, convolutions and attention products are integer arithmetic: "
+        products += f"{integer['ms']:.1f} of {ms['products']:.1f} ms."
+    else:
+        products = f"None of {integer['of']} linears, convolutions and attention products is integer arithmetic: {ms['products']:.1f} ms."
+    rest = f"{ms['rounding and layout']:.1f} rounding and layout, {ms['other operators']:.1f} float operators between them"
+    lines = [f"{products} The rest of the {total:.1f} ms: {rest}."]
+    calls, share = profile["delegate_calls"], profile["delegated_share"]
+    if calls is not None:
         lines.append(f"{calls} delegate call{'s' if calls != 1 else ''}, {share:.0%} of the time inside.")
-    if reference is None:
+    if reference is not None:
+        return [*lines, _comparison(name, profile, reference)]
+    if name in get_args(Precision):
         return [*lines, "Without a profile of the float artifact (quantize --keep-float) there is nothing to compare with."]
-    before = reference["total_ms"]
-    saved = reference["kinds"]["matrix"]["ms"] - matrix
-    added = overhead - reference["kinds"]["quantization"]["ms"] - reference["kinds"]["layout"]["ms"]
+    return [*lines, "There is no second profile to compare it with."]
+
+
+def _comparison(name: str, profile: dict[str, Any], reference: dict[str, Any]) -> str:
+    """How fast it is beside float, and what makes it so."""
+    total, before, integer_ms = profile["total_ms"], reference["total_ms"], profile["integer"]["ms"]
     faster = before / total
-    if faster < 1.05:
-        why = "because no product is in integers" if not integer["count"] else f"because rounding and layout cost {added:.1f} ms more"
-        return [*lines, f"INT8 is no faster than float ({total:.1f} against {before:.1f} ms): its products save {saved:.1f} ms, {why}."]
-    bound = before / (total - integer["ms"])
-    return [
-        *lines,
-        f"{faster:.2f}x as fast as float ({before:.1f} ms): products save {saved:.1f} ms, rounding and layout add {added:+.1f}. "
-        f"Were integer products free, it would be {bound:.2f}x: what bounds it is {_largest(quantized)}.",
-    ]
+    how = "" if faster >= 1.05 else "hardly faster, " if faster > 1 else "no faster, "
+    changes = {what: ms - _ms(reference)[what] for what, ms in _ms(profile).items()}
+    text = (
+        f"{name} is {how}{faster:.2f}x as fast as float ({total:.1f} against {before:.1f} ms): "
+        f"{', '.join(f'{what} {change:+.1f}' for what, change in changes.items())} ms."
+    )
+    if faster >= 1.05:
+        if 0 < integer_ms < total:
+            text += f" Were integer products free, it would be {before / (total - integer_ms):.2f}x."
+        return f"{text} What bounds it is {_largest(profile)}."
+    growth, kind = max((each["ms"] - reference["kinds"][kind]["ms"], kind) for kind, each in profile["kinds"].items())
+    return f"{text} What takes longer is, most of all, {KINDS[kind]}: {growth:.1f} ms more." if growth >= 0.05 else text
+
+
+def _ms(profile: dict[str, Any]) -> dict[str, float]:
+    """Its time by what a verdict tells apart."""
+    ms = {kind: each["ms"] for kind, each in profile["kinds"].items()}
+    return {"products": ms["matrix"], "rounding and layout": ms["quantization"] + ms["layout"], "other operators": ms["other"]}
 
 
 def _largest(summary: dict[str, Any]) -> str:

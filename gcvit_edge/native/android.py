@@ -5,11 +5,10 @@ Source: ExecuTorch, scripts/build_android_library.sh, whose first step, with its
 
 import os
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 from gcvit_edge.errors import UserError
-from gcvit_edge.native.build import RunnerFiles, compile_runner, executorch_package, host, missing_programs
+from gcvit_edge.native.build import RunnerFiles, compile_runner, executorch_package, executorch_version, host, missing_programs
 
 ABI = "arm64-v8a"
 ARCHITECTURE = "aarch64"  # what `uname -m` says on such a device
@@ -25,8 +24,8 @@ def build_android_runner() -> RunnerFiles:
     ANDROID_NDK is the folder of the NDK, EXECUTORCH_ANDROID the one into which ExecuTorch was installed (CMAKE_INSTALL_PREFIX).
 
     Raises:
-        UserError: one of them is not set or not such a folder, ExecuTorch's version there is another than here, a tool is missing
-            or the build fails.
+        UserError: one of them is not set or not such a folder, ExecuTorch's version there is another than here, a tool or
+            ExecuTorch itself is missing, or the build fails.
     """
     lacks = missing_programs({"cmake": "cmake", "make": "make"})
     if lacks:
@@ -67,7 +66,7 @@ def _built_version(built: Path) -> str:
     """The version of an ExecuTorch built from source; raises UserError unless it is this one's, apart from the patch level."""
     header = built / _VERSION
     found = re.search(r'define ET_VERSION "([\d.]+)"', header.read_text()) if header.is_file() else None
-    here = version("executorch")
+    here = executorch_version()
     if found is None or found[1].split(".")[:2] != here.split(".")[:2]:
         there, minor = found[1] if found else "of an unknown version", here.rpartition(".")[0]
         raise UserError(f"EXECUTORCH_ANDROID={built} is ExecuTorch {there}, but {here} makes artifacts; build release {minor} for Android")

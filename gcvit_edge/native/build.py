@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from gcvit_edge.errors import UserError, unknown_name
@@ -69,16 +69,34 @@ def missing_tools(architecture: str) -> str | None:
 
 
 def missing_programs(packages: dict[str, str]) -> str | None:
-    """As `missing_tools`, for programs and Debian's packages that have them."""
+    """As `missing_tools`, for programs and Debian's packages that have them; every build needs ExecuTorch besides."""
     lacking = [package for program, package in packages.items() if shutil.which(program) is None]
-    return f"building the runner needs: apt install {' '.join(lacking)}" if lacking else None
+    if lacking:
+        return f"building the runner needs: apt install {' '.join(lacking)}"
+    try:
+        executorch_version()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def executorch_version() -> str:
+    """That of the installed ExecuTorch.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return version("executorch")
+    except PackageNotFoundError:
+        raise UserError("building the runner needs the package executorch, which is not installed: pip install executorch") from None
 
 
 def build_runner(architecture: str | None = None) -> RunnerFiles:
     """The runner for `architecture` ("x86_64", "aarch64"; None is this machine), from the cache if it was built before.
 
     Raises:
-        UserError: unknown architecture, a tool is missing, ExecuTorch's wheel cannot be downloaded, or the build fails.
+        UserError: unknown architecture, a tool or ExecuTorch is missing, its wheel cannot be downloaded, or the build fails.
     """
     architecture = architecture or host()
     toolchain = _toolchain(architecture)
@@ -87,7 +105,7 @@ def build_runner(architecture: str | None = None) -> RunnerFiles:
         raise UserError(lacks)
     executorch = executorch_package(architecture)
     options = [f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
-    return compile_runner(architecture, options, [version("executorch"), str(executorch), _identity(toolchain.compiler)])
+    return compile_runner(architecture, options, [executorch_version(), str(executorch), _identity(toolchain.compiler)])
 
 
 def compile_runner(name: str, options: Sequence[str], decided_by: Sequence[str]) -> RunnerFiles:
@@ -135,12 +153,11 @@ def executorch_package(architecture: str) -> Path:
     """The package `executorch` for an architecture: as installed, or unpacked from the same version's wheel of it.
 
     Raises:
-        UserError: unknown architecture, or the wheel cannot be downloaded.
+        UserError: unknown architecture, it is not installed, or the wheel cannot be downloaded.
     """
-    wheel = _toolchain(architecture).wheel
+    wheel, requirement = _toolchain(architecture).wheel, f"executorch=={executorch_version().partition('+')[0]}"
     if wheel is None:
         return Path(str(distribution("executorch").locate_file("executorch")))
-    requirement = f"executorch=={version('executorch').partition('+')[0]}"
 
     def unpack(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as work:

@@ -5,23 +5,29 @@
 // The protocol is that of targets/_process.py. --cpus: those that it is pinned to. --etdump: every `time` writes the profile of
 // its inferences there, as ETDump; profiling itself takes some time. Answers go to what was standard output at the start,
 // whatever the runtime prints to standard error.
+//
+// Built on a new system, it must start on an older one. So integers are read by std::from_chars (std::stoi and scanf need glibc 2.38
+// where there is one), and there is no <iostream> (which needs the libstdc++ of GCC 13 where it is compiled by that).
 
 #include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
-#include <iostream>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -68,13 +74,10 @@ std::vector<std::string> split(const std::string& text, char separator) {
 }
 
 int parse_count(const std::string& text, const std::string& what) {
-  size_t used = 0;
-  int value = 0;
-  try {
-    value = std::stoi(text, &used);
-  } catch (const std::logic_error&) {
-  }
-  if (used == 0 || used != text.size() || value < 0) fail(what + " must be a whole number from 0, got '" + text + "'");
+  int value = -1;
+  const char* end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || rest != end || value < 0) fail(what + " must be a whole number from 0, got '" + text + "'");
   return value;
 }
 
@@ -125,6 +128,15 @@ std::string plain(std::string text) {
   const auto special = [](unsigned char c) { return c < ' ' || c == '"' || c == '\\'; };
   text.erase(std::remove_if(text.begin(), text.end(), special), text.end());
   return text;
+}
+
+// The next line of standard input; false at its end.
+bool next_line(std::string& line) {
+  line.clear();
+  int c = std::getchar();
+  if (c == EOF) return false;
+  for (; c != EOF && c != '\n'; c = std::getchar()) line.push_back(static_cast<char>(c));
+  return true;
 }
 
 std::vector<float> read_floats(const std::string& path, size_t count) {
@@ -256,7 +268,7 @@ int main(int count, char** words) try {
   dup2(STDERR_FILENO, STDOUT_FILENO);
   const cpu_set_t spare = pin(arguments.cpus);  // before the runtime starts threads
   Server server(arguments, answers, spare);
-  for (std::string line; std::getline(std::cin, line);) server.answer(split(line, '\t'));
+  for (std::string line; next_line(line);) server.answer(split(line, '\t'));
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

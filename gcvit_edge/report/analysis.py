@@ -42,6 +42,8 @@ def _layers(entry: dict[str, Any], images: int) -> Table:
         table.add_row(name, *(f"{layer[column]:.1f}" for column in columns))
     logits = entry["logits"]
     table.add_row("logits", "", "", *(f"{logits[c]:.1f}" for c in columns[2:]), style="bold")
+    table.caption = f"alone: it alone is rounded; without: it alone stays float (all rounded: {entry['all_rounded_db']:.1f})"
+    table.caption_justify = "left"
     return table
 
 

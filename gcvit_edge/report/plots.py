@@ -33,7 +33,7 @@ def sensitivity_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
     for name, share, layer in zip(names, shares, shown, strict=True):
         left.text(share, name, f" {layer['alone_db']:.1f} dB", va="center", fontsize=7)
     left.set_xlim(0, 1.2 * max(shares))
-    everything = entry["logits"]["simulated_db"]
+    everything = entry["all_rounded_db"]
     values = [layer["without_db"] for layer in shown]
     right.hlines(names, [everything] * len(values), values, color=ORANGE, linewidth=2)
     right.plot(values, names, "o", color=ORANGE, markersize=5)

@@ -14,11 +14,15 @@ def _lines(entry: dict[str, Any], limit: float) -> list[str]:
     plain = tried[0]
     if not kept:
         return [f"{backend}: plain INT8 loses at most {plain['drop_ci95'][1]:.2f} points on held-out images, so no layer stays float"]
-    last = next(trial for trial in tried if trial["layers_float"] == len(kept))
+    last = next(trial for trial in reversed(tried) if trial["layers_float"] == len(kept))
     shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+    found = search["found"]
+    if kept != found:
+        kept_ms, other = "safe", f"the {len(found)} layers that were found first take {ms['chosen']:.1f}"
+    else:
+        kept_ms, other = "chosen", f"the safe choice {ms['safe']:.1f} (the first {len(search['safe_choice'])} layers in float)"
     return [
         f"{backend}: {len(kept)} layers stay float, {shown}: at most {last['drop_ci95'][1]:.2f} points on held-out images "
         f"(limit {limit}; plain INT8 {plain['drop_ci95'][1]:.2f})",
-        f"  {ms['chosen']:.1f} ms; plain INT8 {ms['plain']:.1f}, float {ms['float']:.1f}, the safe choice {ms['safe']:.1f} "
-        f"(the first {len(search['safe_choice'])} layers in float)",
+        f"  {ms[kept_ms]:.1f} ms; plain INT8 {ms['plain']:.1f}, float {ms['float']:.1f}, {other}",
     ]

@@ -30,7 +30,7 @@ from gcvit_edge.model.info import ModelInfo, Origin, config_dict
 from gcvit_edge.model.variants import GCViTConfig, check_takes_rgb, variant_config
 from gcvit_edge.progress import Steps
 from gcvit_edge.training.images import LabelledImages
-from gcvit_edge.training.loop import fit, make_accelerator
+from gcvit_edge.training.loop import fit, make_accelerator, weights_digest
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
 
@@ -43,13 +43,14 @@ OWN_LICENCE = "not stated (trained from random weights: the licence is its owner
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A checked request to train. state: where an interrupted run waits."""
+    """A checked request to train. origin: the shape and the weights that it starts from. state: where an interrupted run waits."""
 
     model: GCViT
     info: ModelInfo
     settings: TrainSettings
     data: LabelledImages
     evaluation: LabelledImages | None
+    origin: dict[str, Any]
     accelerator: "Accelerator"
     output: Path
     state: Path
@@ -129,7 +130,9 @@ def plan_training(
             licence=licence or (OWN_LICENCE if checkpoint is None else checkpoint.origin.licence),
         ),
     )
-    return TrainJob(network, info, settings, LabelledImages(images, classes, preprocessing), evaluated, accelerator, output, state, resume)
+    origin = {"config": config_dict(config), "checkpoint": None if checkpoint is None else weights_digest(checkpoint.state)}
+    trained_on = LabelledImages(images, classes, preprocessing)
+    return TrainJob(network, info, settings, trained_on, evaluated, origin, accelerator, output, state, resume)
 
 
 def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
@@ -149,8 +152,9 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
         (None, []) if job.evaluation is None else readable(job.evaluation, "check evaluation images", job.accelerator, steps)
     )
     trained, history = fit(
-        job.model, data, job.settings, job.accelerator, state=job.state, resume=job.resume, evaluation=evaluation, steps=steps
-    )
+        job.model, data, job.settings, job.accelerator, state=job.state, resume=job.resume, evaluation=evaluation, origin=job.origin,
+        steps=steps,
+    )  # fmt: skip
     if main:
         assert isinstance(trained, GCViT)  # an average has the type of its model
         _write(trained.cpu(), job)

@@ -6,7 +6,7 @@ generator. So a resumed run continues bit for bit, and two processes draw what o
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -74,7 +74,7 @@ class _Run:
     """A run between two optimizer steps, and the file that it is saved to.
 
     network is `model` as the processes share it; average is the model with averaged weights. totals: (loss, hits, images) of
-    this epoch so far in this process, float64. identity: what a run must have in common with a saved one to continue it.
+    this epoch so far in all processes, float64. identity: what a run must have in common with a saved one to continue it.
     """
 
     settings: TrainSettings
@@ -107,8 +107,7 @@ class _Run:
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.history = state["step"], [Epoch(**epoch) for epoch in state["history"]]
-        if self.accelerator.is_main_process:
-            self.totals.copy_(state["totals"])
+        self.totals.copy_(state["totals"])
 
 
 _PARTS = ("model", "average", "optimizer", "schedule")
@@ -125,6 +124,7 @@ def fit(
     teacher: nn.Module | None = None,
     groups: Groups | None = None,
     evaluation: LabelledImages | None = None,
+    origin: dict[str, Any] | None = None,
     steps: Steps | None = None,
 ) -> tuple[nn.Module, list[Epoch]]:
     """Trains `model` in place; gives the model with the average of its weights, in eval mode, and what every epoch gave.
@@ -132,6 +132,7 @@ def fit(
     model: (B, 3, H, W) float32 -> (B, classes). state: file that the run is saved to, every `SAVE_SECONDS` and after every
     epoch; `resume` continues from it. teacher: learnt from as `settings.distillation` says. groups: AdamW's parameter groups,
     each with an "lr" of its own if it wants one; default, `parameter_groups`. evaluation: images of an accuracy after every epoch.
+    origin: what else a resumed run must have in common with the saved one, such as the weights that it starts from.
 
     Processes average their gradients. The random numbers of a forward pass belong to it, so with the same `micro_batch` any
     number of processes computes what one would, up to the order of sums.
@@ -148,6 +149,9 @@ def fit(
     device = accelerator.device
     model.to(device)
     groups = parameter_groups(model, settings.weight_decay) if groups is None else groups
+    identity = data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model), "origin": origin or {}}
+    if teacher is not None:
+        identity["teacher"] = weights_digest(teacher.state_dict())
     optimizer = AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     run = _Run(
         settings=settings,
@@ -160,7 +164,7 @@ def fit(
         schedule=LambdaLR(optimizer, partial(learning_rate_factor, steps=settings.epochs * per_epoch, warmup=settings.warmup)),
         totals=torch.zeros(3, dtype=torch.float64, device=device),
         file=state,
-        identity=data.identity() | {"settings": settings.model_dump(mode="json"), "weights": _count(model)} | _teacher_identity(teacher),
+        identity=identity,
     )
     if resume:
         run.load()
@@ -171,7 +175,7 @@ def fit(
             with steps.step(f"epoch {epoch + 1} of {settings.epochs}", per_epoch, first) as bar:
                 start = perf_counter()
                 _train_epoch(run, data, epoch, range(first, per_epoch), bar)
-                loss, right = _means(_summed(accelerator, run.totals))
+                loss, right = _means(run.totals)
                 correct = None if evaluation is None else accuracy(run.average, evaluation, settings, accelerator)
                 run.history.append(Epoch(loss, right, correct, perf_counter() - start))
                 bar.note(_summary(run.history[-1]))
@@ -190,12 +194,14 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
     batches = iter(loader(samples, shares.reshape(-1, size).tolist(), accelerator.device, _workers(accelerator)))
     run.model.train()
     for step in steps:
+        seen = torch.zeros_like(run.totals)
         for number in range(passes):
             images, classes = next(batches)
             # the noise of a forward pass, such as drop path, belongs to its place in the batch
             torch.manual_seed(derived_seed(settings.seed, run.step, accelerator.process_index * passes + number, 1))
             with nullcontext() if number == passes - 1 else accelerator.no_sync(run.network):
-                _forward_backward(run, images, classes, passes)
+                seen += _forward_backward(run, images, classes, passes)
+        run.totals += _summed(accelerator, seen)
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip_norm)
         run.optimizer.step()
@@ -211,8 +217,8 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
             run.save()
 
 
-def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -> None:
-    """Adds a forward pass's part of the gradients, 1 / passes of them."""
+def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -> Tensor:
+    """Adds a forward pass's part of the gradients, 1 / passes of them; gives its (loss, hits, images)."""
     device = run.accelerator.device
     images, classes = images.to(device, non_blocking=True), classes.to(device, non_blocking=True)
     with _precision(run.settings, device):
@@ -222,7 +228,7 @@ def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -
     loss = objective(logits, classes, taught, run.settings)
     run.accelerator.backward(loss / passes)
     hits = (logits.detach().argmax(1) == classes).sum()
-    run.totals += torch.stack([loss.detach().double() * len(classes), hits, hits.new_tensor(len(classes))])
+    return torch.stack([loss.detach().double() * len(classes), hits, hits.new_tensor(len(classes))])
 
 
 def accuracy(model: nn.Module, data: LabelledImages, settings: TrainSettings, accelerator: "Accelerator") -> float:
@@ -248,14 +254,12 @@ def _count(model: nn.Module) -> dict[str, int]:
     return {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def _teacher_identity(teacher: nn.Module | None) -> dict[str, str]:
-    """SHA-256 of its weights: a run goes on with the teacher that it began with."""
-    if teacher is None:
-        return {}
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values: a run goes on with the weights, of itself and its teacher, that it began with."""
     digest = sha256()
-    for name, value in sorted(teacher.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return {"teacher": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _means(totals: Tensor) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Quantization-aware fine-tuning: what calibration gave goes on to learn from the float model, in the arithmetic it is deployed in."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gcvit_edge.data import Labels, Preprocessing, class_indices, decode_images, find_images, inputs
+from gcvit_edge.cache import digest
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, decode_images, find_images, inputs
 from gcvit_edge.measurement.accuracy import check_baseline, images_to_judge
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
@@ -17,9 +18,10 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.learned import Range, learnable, learned
 from gcvit_edge.quantization.scheme import Rounding
+from gcvit_edge.recipe import Recipe
 from gcvit_edge.training.images import LabelledImages
 from gcvit_edge.training.job import device_name, readable
-from gcvit_edge.training.loop import fit, make_accelerator
+from gcvit_edge.training.loop import fit, make_accelerator, weights_digest
 from gcvit_edge.training.optimization import Groups, parameter_groups
 from gcvit_edge.training.settings import QatSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
@@ -28,21 +30,24 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _CHECKED_IMAGES = 256
+_CALIBRATION = {"operators", "precision", "centering", "smoothing", "equalization", "calibration"}  # sections of a recipe
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A checked request to fine-tune. state: where an interrupted run waits."""
+    """A checked request to fine-tune. state: where an interrupted run waits. calibration: what decides the ranges that it starts from."""
 
     settings: QatSettings
     data: LabelledImages
     accelerator: "Accelerator"
     state: Path
     resume: bool
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def plan_fine_tuning(
-    settings: QatSettings,
+    recipe: Recipe,
+    calibration: ImageFolder,
     train: Path,
     labels: Labels,
     preprocessing: Preprocessing,
@@ -52,14 +57,16 @@ def plan_fine_tuning(
     resume: bool = False,
     force: bool = False,
 ) -> FineTuning:
-    """Checks a request to fine-tune.
+    """Checks a request to fine-tune, of a recipe that does.
 
-    train: folder (or .zip) of images, one sub-folder a class. output: the bundle; the run is saved beside it. device: "auto", "cpu" or
-    "cuda".
+    calibration: the images that set the ranges. train: folder (or .zip) of images, one sub-folder a class. output: the bundle; the run
+    is saved beside it. device: "auto", "cpu" or "cuda".
 
     Raises:
         UserError: anything that is wrong with the input, before any long step.
     """
+    settings = recipe.qat
+    assert settings is not None
     state = state_beside(output)
     check_state(state, resume, force)
     images = find_images(train, "training")
@@ -69,7 +76,8 @@ def plan_fine_tuning(
     steps_per_epoch(len(data), settings)
     accelerator = make_accelerator(device)
     micro_batches(settings, accelerator.num_processes)
-    return FineTuning(settings, data, accelerator, state, resume)
+    decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": digest(sorted(calibration.files))}
+    return FineTuning(settings, data, accelerator, state, resume, decided_by)
 
 
 def check_teacher(model: GCViT, job: FineTuning, scratch: Path, steps: Steps) -> None:
@@ -114,9 +122,11 @@ def fine_tune(
     data, skipped = readable(job.data, "check training images", accelerator, steps)
     student = learnable(calibrated, runtimes)
     teacher = None if settings.distillation is None else deploy(model)
+    # not what calibration gave, whose last bits are another CPU's own
+    origin = job.calibration | ({"weights": weights_digest(model.state_dict())} if teacher is None else {})
     trained, history = fit(
         student, data, settings, accelerator, state=job.state, resume=job.resume, teacher=teacher,
-        groups=groups(student, settings), steps=steps,
+        groups=groups(student, settings), origin=origin, steps=steps,
     )  # fmt: skip
     accelerator.end_training()
     report = {

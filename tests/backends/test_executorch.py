@@ -9,7 +9,7 @@ import torch
 
 from gcvit_edge.backends import executorch as backend
 from gcvit_edge.backends._xnnpack_layouts import folded_layouts
-from gcvit_edge.errors import CheckFailed
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy, rewrite
@@ -101,6 +101,16 @@ def test_a_graph_that_xnnpack_does_not_take_whole_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "model.pte").exists()
 
 
+def test_averages_are_told_from_linears(tmp_path: Path) -> None:
+    model = small_model()
+    backend.save(captured(model, None), tmp_path / "model.pte", describe_model(model))
+    operators, _ = backend.profile(tmp_path / "model.pte", 1, IMAGES[0], 1)
+    kinds = Counter(each.kind for each in operators if each.operator.startswith("Fully Connected"))
+    norms, centred = 6 * 2 + 4 * 2 + 1, 4
+    linears = 4 * 6 + 2 * 5 + 3 * 9 + 1  # of local blocks, of global ones, which have no q, of Fused-MBConvs, and the head
+    assert kinds == {"matrix": linears, "other": norms + centred}
+
+
 def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
     """ExecuTorch's partitioner offers XNNPACK only float ones; that its kernel for INT8 takes ours shows in the runtime's own profile."""
     model = small_model()
@@ -113,3 +123,21 @@ def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
     assert calls == 1
     assert len(products) == 2 * 6
     assert all("QS8" in each.operator and each.integer for each in products)
+
+
+def test_what_is_no_etdump_is_refused(tmp_path: Path) -> None:
+    from executorch.extension.pybindings import portable_lib
+
+    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
+    backend.save(captured(model, None), tmp_path / "model.pte", describe_model(model))
+    module = portable_lib._load_for_executorch(str(tmp_path / "model.pte"), enable_etdump=True)
+    module.forward([torch.from_numpy(IMAGES[0])])
+    file = tmp_path / "profile.etdump"
+    module.write_etdump_result_to_file(str(file), str(tmp_path / "debug.bin"))
+    whole = file.read_bytes()
+    for content in (b"", b"Apache License\n" * 100, whole[:16], whole[: len(whole) // 2], whole[:-100]):
+        file.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"profile\.etdump is no ETDump, or not a whole one; expected a file that `gcvit-edge benchmark"
+        ):
+            backend.read_etdump(file)

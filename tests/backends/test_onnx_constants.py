@@ -41,7 +41,7 @@ def run_time_operators(graph: onnx.ModelProto, folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 
-@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("axis", [0, 1, -3, None])
 def test_a_float_convolution(tmp_path: Path, axis: int | None) -> None:
     length = () if axis is None else (VALUES.shape[axis],)
     scale = np.random.default_rng(2).uniform(0.01, 0.1, length).astype(np.float32)
@@ -58,3 +58,17 @@ def test_a_float_convolution(tmp_path: Path, axis: int | None) -> None:
     assert run_time_operators(graph, tmp_path) == {"Conv": 1}
     assert {tensor.data_type for tensor in graph.graph.initializer} == {TensorProto.INT8, TensorProto.FLOAT}
     assert len(graph.graph.initializer) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "zero"), [(VALUES, np.int8(3)), (VALUES.view(np.uint8), np.uint8(128)), (VALUES.view(np.uint8), None)],
+    ids=["shifted", "shifted UINT8", "UINT8"],
+)  # fmt: skip
+def test_other_constants_stay(values: np.ndarray, zero: np.integer | None) -> None:
+    zeros = {} if zero is None else {"zero": np.array(zero)}
+    nodes = [helper.make_node("DequantizeLinear", ["w", "scale", *zeros], ["weight"]), helper.make_node("Conv", ["x", "weight"], ["y"])]
+    graph = model(nodes, w=values, scale=np.array(0.1, np.float32), **zeros)
+    before = answer(graph)
+    fold_at_load(graph)
+    assert [node.op_type for node in graph.graph.node] == ["DequantizeLinear", "Conv"]
+    np.testing.assert_array_equal(answer(graph), before)

@@ -58,6 +58,14 @@ def test_a_norm_alone(scale: float) -> None:
     np.testing.assert_allclose(answers(result, scale)[0], answers(graph, scale)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("attributes", [{}, {"axis": 1}, {"epsilon": 1e-5}, {"epsilon": 1e-3}])
+def test_attributes_are_optional(attributes: dict[str, float]) -> None:
+    graph = model([helper.make_node("RMSNormalization", ["x", "weight"], ["y"], **attributes)], ["y"])
+    result = fused(graph)
+    assert kinds(result) == {"SkipSimplifiedLayerNormalization": 1}
+    np.testing.assert_allclose(answers(result, 1e-2)[0], answers(graph, 1e-2)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_a_sum_and_its_norm(scale: float) -> None:
     graph = model([helper.make_node("Add", ["x", "other"], ["sum"]), norm("sum", "y")], ["y"])

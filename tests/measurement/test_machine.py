@@ -27,7 +27,11 @@ CPU revision\t: 1
 
 processor\t: 1
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
 CPU part\t: 0xd0b
+CPU revision\t: 1
 
 Model\t\t: Raspberry Pi 5 Model B Rev 1.0
 == meminfo
@@ -57,10 +61,13 @@ GS201
 == cpuinfo
 processor\t: 0
 Features\t: fp asimd asimddp i8mm bf16
+CPU implementer\t: 0x41
 CPU part\t: 0xd05
 processor\t: 1
+CPU implementer\t: 0x41
 CPU part\t: 0xd44
 processor\t: 2
+CPU implementer\t: 0x41
 CPU part\t: 0xfff
 == meminfo
 MemTotal:        7731936 kB
@@ -93,6 +100,24 @@ def test_phone_with_several_kinds_of_core() -> None:
     assert (phone.soc, phone.system, phone.governor, phone.max_mhz) == ("GS201", "Android 13", "powersave, sched_pixel", 2850)
     assert phone.features == ("asimd", "asimddp", "i8mm")
     assert phone.temperatures_c == {"battery": 38, "BIG": 41}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "name"),
+    [
+        ((("0x41", "0xd05"), ("0x48", "0xd40"), ("0x48", "0xd40")), "1x Cortex-A55 + 2x Cortex-A76"),  # Kirin 980
+        ((("0x41", "0xd40"),), "1x Neoverse-V1"),
+        ((("0x48", "0xd01"),), "1x TaiShan-v110"),
+        ((("0x48", "0xd0c"),), "1x Arm part 0xd0c"),
+        ((("0x51", "0xd05"), ("0x61", "0x022")), "1x Arm part 0xd05 + 1x Arm part 0x22"),
+    ],
+)
+def test_a_part_number_is_its_implementer_s(cpus: tuple[tuple[str, str], ...], name: str) -> None:
+    entries = [
+        f"processor\t: {number}\nCPU implementer\t: {implementer}\nCPU variant\t: 0x1\nCPU part\t: {part}\nCPU revision\t: 0\n"
+        for number, (implementer, part) in enumerate(cpus)
+    ]
+    assert parse_facts("== uname\nLinux 4.14 aarch64\n== cpuinfo\n" + "\n".join(entries)).cpu == name
 
 
 @pytest.mark.parametrize("text", ["", "== uname\n\n== cpuinfo\n"])

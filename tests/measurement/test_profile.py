@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.report.profile import profile_table
 
+IS_PRODUCT = re.compile(
+    r".*(MatMul|Gemm|FullyConnected|Convolution|Attention|Batch Matrix)|\w*Conv(Integer)?$|Fully Connected.*(?<! averages)$"
+)
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
 
 
@@ -29,17 +34,32 @@ def test_profile_of_the_runtime_itself(name: str, tmp_path: Path) -> None:
     calibrated = calibrate(model, recipe, lambda: iter(IMAGES))
     artifacts = [lower_float(name, model, info, tmp_path), lower_quantized(name, calibrated, info, recipe, tmp_path)]
     profiles = [summarize(*backend.profile(artifact.path, 1, IMAGES[0], 5)) for artifact in artifacts]
-    linears = 44  # 62, of which OpenVINO merges those with the same input
+    products = {"onnx": 47, "openvino": 45, "executorch": 66}  # ONNX keeps gates in float; OpenVINO merges linears with the same input
     for profile, integer in zip(profiles, (False, True), strict=True):
         assert profile["total_ms"] > 0
         assert sum(each["ms"] for each in profile["kinds"].values()) == pytest.approx(profile["total_ms"], abs=0.01)
         assert sum(each["count"] for each in profile["operators"]) == sum(each["count"] for each in profile["kinds"].values())
-        assert profile["kinds"]["matrix"]["count"] >= linears
-        assert profile["integer"]["count"] >= linears if integer else profile["integer"]["count"] == 0
-        assert profile["delegated_share"] == 1
+        elsewhere = [each["operator"] for each in profile["operators"] if each["kind"] != "matrix" and IS_PRODUCT.match(each["operator"])]
+        assert elsewhere == []
+        assert {each["kind"] for each in profile["operators"] if each["operator"] == "Pad"} <= {"layout"}
+        assert profile["integer"]["of"] >= 62 if name == "openvino" else profile["integer"]["of"] == {"onnx": 82, "executorch": 88}[name]
+        assert profile["integer"]["count"] == (products[name] if integer else 0)
+        assert profile["delegated_share"] == (1 if name == "executorch" else None)
         assert profile["delegate_calls"] == (1 if name == "executorch" else None)
     assert "Invalid" not in json.dumps(profiles)  # what XNNPACK calls a table of GELU
-    assert "integer arithmetic" in verdict(profiles[1], profiles[0])[0]
+    assert f"{products[name]} of" in verdict("int8", profiles[1], profiles[0])[0]
+
+
+@pytest.mark.parametrize(("name", "integer"), [("w4a8_ptq", True), ("int4_weights", False)])
+def test_products_with_int4_weights(name: str, integer: bool, tmp_path: Path) -> None:
+    """They are in integers where activations are rounded, which ONNX Runtime's profile does not say."""
+    torch.manual_seed(0)
+    model = create_model(dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
+    recipe = parse_recipe(recipe_text(name), name)
+    artifact = lower_quantized("onnx", calibrate(model, recipe, lambda: iter(IMAGES)), describe_model(model), recipe, tmp_path)
+    operators, _ = load_backend("onnx").profile(artifact.path, 1, IMAGES[0], 1)
+    found = [(each.kind, each.integer) for each in operators if each.operator == "MatMulNBits"]
+    assert found == [("matrix", integer)] * 24
 
 
 def test_profile_of_a_bundle_without_golden_input(bundle: Bundle, tmp_path: Path) -> None:
@@ -76,20 +96,68 @@ def summary(integer_ms: float, float_ms: float, rounding_ms: float, other_ms: fl
 
 
 def test_verdict_says_what_bounds_a_faster_one() -> None:
-    text = " ".join(verdict(summary(2, 0, 1, 5), summary(0, 8, 0, 5)))
-    assert "1 of 2" in text
-    assert "1.62x as fast as float (13.0 ms): products save 6.0 ms, rounding and layout add +1.0" in text
-    assert "Were integer products free, it would be 2.17x: what bounds it is Gelu (5.0 ms)" in text
+    text = verdict("int8", summary(2, 0, 1, 5), summary(0, 8, 0, 5))[-1]
+    assert text.startswith(
+        "int8 is 1.62x as fast as float (8.0 against 13.0 ms): products -6.0, rounding and layout +1.0, other operators +0.0 ms. "
+        "Were integer products free, it would be 2.17x. What bounds it is Gelu (5.0 ms)"
+    )
+    assert "1 of 2" in verdict("int8", summary(2, 0, 1, 5), summary(0, 8, 0, 5))[0]
 
 
-def test_verdict_says_why_int8_is_no_faster() -> None:
-    text = " ".join(verdict(summary(2, 0, 7, 5), summary(0, 8, 0, 5)))
-    assert "INT8 is no faster than float (14.0 against 13.0 ms): its products save 6.0 ms" in text
-    assert "because rounding and layout cost 7.0 ms more" in text
-    assert "keep-float" in " ".join(verdict(summary(2, 0, 7, 5), None))
+def test_verdict_says_why_one_is_no_faster() -> None:
+    text = verdict("w4a8", summary(2, 0, 7, 5), summary(0, 8, 0, 5))[-1]
+    assert text == (
+        "w4a8 is no faster, 0.93x as fast as float (14.0 against 13.0 ms): "
+        "products -6.0, rounding and layout +7.0, other operators +0.0 ms. "
+        "What takes longer is, most of all, rounding to integers and back: 7.0 ms more."
+    )
+    other = verdict("int8", summary(2, 0, 0, 13), summary(0, 8, 1, 5))[-1]
+    assert "products -6.0, rounding and layout -1.0, other operators +8.0 ms" in other
+    assert other.endswith("most of all, norms, softmax, GELU, additions and the like: 8.0 ms more.")
+
+
+def test_verdict_between_no_faster_and_faster() -> None:
+    assert "hardly faster, 1.04x as fast as float (12.5 against 13.0 ms)" in verdict("int8", summary(2, 0, 5.5, 5), summary(0, 8, 0, 5))[-1]
+    assert verdict("int8", summary(8, 0, 0, 5), summary(0, 8, 0, 5))[-1].endswith("other operators +0.0 ms.")  # nothing takes longer
+
+
+def test_verdict_without_integers() -> None:
+    floats = summarize([Operator("b", "Gemm", "matrix", 6), Operator("d", "Gelu", "other", 5)], None)
+    for reference in (summary(0, 8, 0, 5), summary(0, 6, 0, 5)):
+        text = " ".join(verdict("fp16", floats, reference))
+        assert "None of 1 linears, convolutions and attention products is integer arithmetic: 6.0 ms." in text
+        assert "fp16 is" in text
+        assert "free" not in text
+        assert "INT8" not in text
+
+
+def test_verdict_of_one_profile_alone() -> None:
+    alone = summary(0, 8, 0, 5)
+    assert "keep-float" in verdict("int8", alone, None)[-1]
+    for name in ("float", "mine.etdump"):
+        assert verdict(name, alone, None)[-1] == "There is no second profile to compare it with."
 
 
 def test_summary_of_delegates() -> None:
     inside, outside = Operator("a", "Fully Connected", "matrix", 3), Operator("b", "native_layer_norm", "other", 1, delegated=False)
     assert summarize([inside, outside], 2)["delegated_share"] == 0.75
-    assert "2 delegate calls, 75% of the time inside." in verdict(summarize([inside, outside], 2), None)
+    assert "2 delegate calls, 75% of the time inside." in verdict("int8", summarize([inside, outside], 2), None)
+
+
+def test_summary_of_nothing() -> None:
+    assert summarize([], 1)["delegated_share"] is None
+    assert verdict("int8", summarize([], 1), summary(0, 8, 0, 5)) == ["The profile has no operators."]
+
+
+def test_profile_of_several_precisions_without_float(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = [dataclasses.replace(bundle.artifacts[0], precision=precision) for precision in ("int8", "w4a8")]
+    monkeypatch.setattr(Bundle, "artifacts", artifacts)
+    report = profile_bundle(bundle, "onnx", 1, None, Steps())
+    assert list(report["profiles"]) == ["int8", "w4a8"]
+    assert "keep-float" in report["verdict"][-1]
+
+
+def test_profile_of_float_alone(bundle: Bundle) -> None:
+    report = profile_bundle(bundle, "onnx", 1, None, Steps())
+    assert list(report["profiles"]) == ["float"]
+    assert report["verdict"][-1] == "There is no second profile to compare it with."

@@ -51,10 +51,12 @@ def test_class_names_are_shown_as_they_are() -> None:
     names = ("[red]", "red [dotted]", "a[/b]", ":cat: c")
     logits = {"simulated_db": 1, "deployed_db": 1, "deployed_to_simulated_db": 1, "with_taps_to_without_db": 1}
     entry = {
-        "backend": "onnx", "layers": [], "logits": logits, "int8_ms": 1, "float_ms": 1, "pareto": {"order": [], "frontier": [(0, 1, 1)]},
+        "backend": "onnx", "layers": [], "all_rounded_db": 31.25, "logits": logits, "int8_ms": 1, "float_ms": 1,
+        "pareto": {"order": [], "frontier": [(0, 1, 1)]},
         "drift": {"all": drift, "classes": [drift | {"class": name} for name in names]},
     }  # fmt: skip
     tables = analysis_tables({"images": {"sensitivity": 1}, "backends": [entry], "activations": []})
+    assert "(all rounded: 31.2)" in shown(tables[0])
     assert all(name in shown(tables[1]) for name in names)
 
 

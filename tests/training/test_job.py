@@ -1,5 +1,6 @@
 """`gcvit-edge train`: from folders to a checkpoint that every other verb takes, in one process and in two."""
 
+import copy
 import json
 import os
 import shutil
@@ -24,8 +25,9 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.plan import plan
+from gcvit_edge.progress import Steps
 from gcvit_edge.training.images import Samples
-from gcvit_edge.training.job import TrainJob, freeze, plan_training
+from gcvit_edge.training.job import TrainJob, freeze, plan_training, run_training
 from gcvit_edge.training.loop import fit
 from gcvit_edge.training.settings import TrainSettings
 
@@ -156,6 +158,29 @@ def test_an_interrupted_run_is_kept_and_resumed(tiny: Tiny, tmp_path: Path, capf
     assert "is of another run: settings.epochs was 10000, is 2" in capfd.readouterr().err
     assert main(["train", *options, "--epochs", "2", "--force"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_only_the_run_that_was_started_is_resumed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a.safetensors"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gcvit_edge.training.job._write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(job(tiny, output), Steps())
+    other = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        other.head.fc.bias.add_(1)  # type: ignore[union-attr, operator]
+    save_checkpoint(other, describe_model(other, Labels.of(CLASSES)), tmp_path / "other.safetensors", half=False)
+    for changes, differs in (
+        ({"drop_path": 0.2}, r"origin\.config\.drop_path was 0\.1, is 0\.2"),
+        ({"weights": tmp_path / "other.safetensors"}, r"origin\.checkpoint was [0-9a-f]{64}, is [0-9a-f]{64}"),
+    ):
+        with pytest.raises(UserError, match=f"is of another run: {differs}; resume what was started"):
+            run_training(job(tiny, output, resume=True, **changes), Steps())
+    assert run_training(job(tiny, output, resume=True), Steps())["file"] == str(output)
 
 
 # what the model starts from

@@ -68,6 +68,58 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == ["parted"]
 
 
+RESUMED_BY_TWO = """
+import sys
+from pathlib import Path
+from torch import nn
+from training_checks import interrupt_after
+from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
+from gcvit_edge.training import loop
+from gcvit_edge.training.images import LabelledImages
+from gcvit_edge.training.settings import TrainSettings
+
+loop.SAVE_SECONDS = 0  # every step
+folder, images = Path(sys.argv[1]), find_images(Path(sys.argv[2]), "training")
+labels = Labels.of(sorted(set(images.classes)))
+data = LabelledImages(images, class_indices(images, labels), Preprocessing(size=(32, 32), resize=36))
+accelerator = loop.make_accelerator("cpu")
+
+def fit(state, passes, resume):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4, bias=False))
+    nn.init.zeros_(model[1].weight)
+    interrupt_after(model, passes)
+    try:
+        return loop.fit(model, data, TrainSettings(batch_size=8, epochs=1), accelerator, state=folder / state, resume=resume)[1]
+    except KeyboardInterrupt:
+        accelerator.wait_for_everyone()
+
+(whole,) = fit("whole", 100, False)
+fit("parted", 3, False)  # of five steps
+(parted,) = fit("parted", 100, True)
+assert (parted.loss, parted.accuracy) == (whole.loss, whole.accuracy), (parted, whole)
+accelerator.end_training()
+"""
+
+
+def test_what_two_processes_saw_before_an_interruption_counts(tmp_path: Path, colours: LabelledImages) -> None:
+    command = [sys.executable, "-c", RESUMED_BY_TWO, str(tmp_path), str(colours.images.root)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    launched |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    running = [
+        subprocess.Popen(command, env=os.environ | launched | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        for process in running:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    finally:
+        for process in running:
+            process.kill()
+
+
 def test_processes_wait_for_hours_while_one_reads_all_images() -> None:
     code = (
         "import torch.distributed as d; from gcvit_edge.training.loop import make_accelerator; make_accelerator('cpu');"
@@ -135,6 +187,8 @@ def test_only_the_run_that_was_saved_is_resumed(small_model: Maker, run: Runner,
         run(small_model(), settings={}, data=replace(colours, classes=colours.classes[::-1].copy()), resume=True)
     with pytest.raises(UserError, match=r"is of another run: weights\.all was "):
         run(small_model(dim=8), settings={}, resume=True)
+    with pytest.raises(UserError, match=r"is of another run: origin\.drop_path was None, is 0\.1; resume"):
+        run(small_model(), settings={}, origin={"drop_path": 0.1}, resume=True)
     with pytest.raises(UserError, match=r"nothing to resume: .*none does not exist"):
         run(small_model(), "none", settings={}, resume=True)
     whole = (tmp_path / "state").read_bytes()

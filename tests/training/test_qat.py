@@ -41,7 +41,7 @@ from gcvit_edge.training.settings import QatSettings
 RECIPE = """\
 name: tiny_qat
 description: limits that a tiny network keeps
-backends: [onnx]
+backends: [openvino]
 calibration: {images: 24}
 limits: {max_drop: 50, min_agreement: 0.5}
 qat: {epochs: 2, batch_size: 8, micro_batch: 4, augmentation: {crop_scale: [0.7, 1.0]}}
@@ -195,6 +195,18 @@ def test_a_run_goes_on_with_its_own_teacher(
         fine_tune(other, calibrated, [ROUNDING], job, Steps())
 
 
+def test_without_a_teacher_a_run_goes_on_from_its_own_weights(
+    tune: Tune, small_model: Callable[..., GCViT], calibrated: Calibrated, colours: LabelledImages, tmp_path: Path
+) -> None:
+    tune(distillation=None)
+    other = small_model().eval()
+    with torch.no_grad():
+        other.head.fc.bias.add_(1)  # type: ignore[union-attr, operator]
+    job = FineTuning(settings(distillation=None), colours, make_accelerator("cpu"), tmp_path / "state", True)
+    with pytest.raises(UserError, match=r"is of another run: origin\.weights was "):
+        fine_tune(other, calibrated, [ROUNDING], job, Steps())
+
+
 # the command
 
 
@@ -227,6 +239,11 @@ def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, 
     return open_bundle(output), report
 
 
+def hashes(bundle: Bundle) -> list[str]:
+    """Of the files of the INT8 artifact."""
+    return [sha256(file) for file in bundle.artifact("openvino", "int8").files]
+
+
 def test_the_bundle_and_its_report(made: tuple[Bundle, dict[str, Any]], tiny: Tiny) -> None:
     bundle, report = made
     training = report["training"]
@@ -247,8 +264,7 @@ def test_two_processes_give_what_one_gives(made: tuple[Bundle, dict[str, Any]], 
     for two, one in zip(report["training"]["epochs"], made[1]["training"]["epochs"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-9)
         assert two["accuracy"] == one["accuracy"]
-    files = [bundle.artifact("onnx", "int8").path for bundle in (open_bundle(tmp_path / "two"), made[0])]
-    assert sha256(files[0]) == sha256(files[1])  # to the bit: a mean of two gradients has no order
+    assert hashes(open_bundle(tmp_path / "two")) == hashes(made[0])  # to the bit: a mean of two gradients has no order
 
 
 def test_what_fails_after_training_is_resumed(
@@ -266,6 +282,13 @@ def test_what_fails_after_training_is_resumed(
         assert main(line) == 130
     assert capfd.readouterr().err.endswith(f"interrupted; the run is saved in {state}: continue it with --resume\n")
     assert [path.name for path in tmp_path.iterdir()] == [state.name]
+    averaged = torch.load(state, weights_only=True)["content"]["average"]
+    assert any(value.any() for name, value in averaged.items() if name.endswith(".logarithms"))  # of what ranges have learned
+    assert main(line) == 2
+    tiny.recipe.write_text(RECIPE.replace("{images: 24}", "{images: 24, seed: 1}"), encoding="utf-8")
+    assert main([*line, "--resume"]) == 2
+    assert "is of another run: origin.calibration.seed was 0, is 1; resume what was started" in capfd.readouterr().err
+    tiny.recipe.write_text(RECIPE, encoding="utf-8")
     assert main(line) == 2
     assert "is an interrupted run; give --resume to continue it, or --force to start again" in capfd.readouterr().err
     assert main([*line, "--resume", "--json"]) == 0
@@ -274,7 +297,7 @@ def test_what_fails_after_training_is_resumed(
     assert [epoch["loss"] for epoch in json.loads(captured.out)["training"]["epochs"]] == [
         epoch["loss"] for epoch in made[1]["training"]["epochs"]
     ]
-    assert sha256(open_bundle(output).artifact("onnx", "int8").path) == sha256(made[0].artifact("onnx", "int8").path)
+    assert hashes(open_bundle(output)) == hashes(made[0])
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 

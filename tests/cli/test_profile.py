@@ -1,0 +1,27 @@
+"""profile: where the time of an artifact goes."""
+
+from pathlib import Path
+
+from commands import Command
+
+from gcvit_edge.bundle import Bundle
+
+
+def test_profile(command: Command, bundle: Path) -> None:
+    outcome = command("profile", bundle, "--backend", "onnx", "--threads", 1)
+    assert outcome.code == 0, outcome.err
+    assert "linears, convolutions, attention" in outcome.out
+    assert "x as fast as float" in outcome.out
+    report = command("profile", bundle, "--backend", "onnx", "--threads", 1, "--json").json
+    assert list(report["profiles"]) == ["float", "int8"]
+    assert [profile["delegated_share"] for profile in report["profiles"].values()] == [None, None]
+
+
+def test_profile_refuses_an_unknown_backend(command: Command, bundle: Path) -> None:
+    assert "the bundle has no artifact of backend 'tflite'; it has onnx" in command.refuses("profile", bundle, "--backend", "tflite")
+
+
+def test_profile_refuses_what_is_no_etdump(command: Command, pte_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "text.etdump").write_text("hello")
+    message = command.refuses("profile", pte_bundle.root, "--backend", "executorch", "--etdump", "text.etdump")
+    assert "text.etdump is no ETDump" in message

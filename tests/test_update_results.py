@@ -1,0 +1,74 @@
+"""scripts/update_results.py: what it refuses to put side by side."""
+
+import importlib.util
+import json
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "scripts" / "update_results.py"
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with an empty folder as the checkout."""
+    spec = importlib.util.spec_from_file_location("update_results", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "results" / "vs_stock").mkdir(parents=True)
+    return module
+
+
+def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2) -> None:
+    """A run against the stock way, as benchmarks/vs_stock.py writes it."""
+    entries: list[dict[str, Any]] = [
+        {
+            "model": model, "img_size": [224, 224], "cpu": cpu, "threads": threads, "runtime": runtime, "form": form,
+            "precision": precision, "p50_ms": 10.0, "speedup_vs_stock_float": 2.0, "size_bytes": 1_000_000,
+        }
+        for runtime, form, precision in product(script.RUNTIMES, ("stock", "ours"), ("float", "int8"))
+    ]  # fmt: skip
+    (script.ROOT / "results" / "vs_stock" / f"{model}_{cpu}_{threads}.json").write_text(json.dumps(entries))
+
+
+def test_stock_table(script: ModuleType) -> None:
+    add_run(script, "gcvit_xxtiny", "A", threads=2)
+    add_run(script, "gcvit_xxtiny", "B", threads=4)
+    text = script.stock_table()
+    assert "A, 2 threads, batch 1:" in text
+    assert "B, 4 threads, batch 1:" in text
+    assert text.count("| gcvit_xxtiny, 224 px | openvino | 10.0 ms | 10.0 ms, 2.00x |") == 2
+
+
+def test_stock_table_refuses_different_threads_on_a_cpu(script: ModuleType) -> None:
+    add_run(script, "gcvit_xxtiny", "A", threads=2)
+    add_run(script, "gcvit_base", "A", threads=4)
+    with pytest.raises(SystemExit, match="of A are of 2 and 4 threads"):
+        script.stock_table()
+
+
+def test_stock_picture_shows_the_cpus_that_ran_every_model(script: ModuleType) -> None:
+    pytest.importorskip("matplotlib")
+    for model, cpu in (("gcvit_xxtiny", "A"), ("gcvit_base", "A"), ("gcvit_xxtiny", "B")):
+        add_run(script, model, cpu)
+    titles = [axes.get_title(loc="left") for axes in script.stock_picture().axes]
+    assert titles == ["gcvit_xxtiny, A", "gcvit_base, A"]
+
+
+def test_nothing_is_written_where_the_picture_is_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    add_run(script, "gcvit_xxtiny", "A")
+    markers = "".join(f"{getattr(script, name)}\n" for name in dir(script) if name.endswith(("BEGIN", "END")))
+    readme = script.ROOT / "README.md"
+    readme.write_text(markers)
+    for section in ("table", "arm_table", "accuracy_table", "qat_table"):  # their results are not there
+        monkeypatch.setattr(script, section, str)
+    with pytest.raises(SystemExit, match="no CPU that ran all of gcvit_xxtiny, gcvit_base"):
+        script.main()
+    assert readme.read_text() == markers
