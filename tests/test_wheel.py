@@ -23,7 +23,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "gcvit_edge/_resources/recipes/int8_ptq.yaml" in names
     assert "gcvit_edge/_resources/calib/eval.zip" in names
     assert "gcvit_edge/report/templates/card.md.j2" in names
-    assert {f"gcvit_edge/native/{name}" for name in ("runner.cpp", "CMakeLists.txt", "aarch64.cmake", "count.c")} <= set(names)
+    assert {f"gcvit_edge/native/{name}" for name in ("runner.cpp", "energy.h", "CMakeLists.txt", "aarch64.cmake", "count.c")} <= set(names)
+    assert {f"gcvit_edge/targets/web/{name}" for name in ("page.html", "page.js")} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "results/", "scripts/"))]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(folder / "site"), str(wheel)], check=True)
     return folder / "site"

@@ -131,5 +131,7 @@ def report_error(report: "Report") -> "CheckFailed | None":
     failed = [f"{run.device}: {run.error}" for run in report.runs if run.error]
     if report.wrong:
         wrong = f"logits other than the golden ones: {', '.join(report.wrong)}; the runtime there computes the artifact wrongly"
+        if any(result.backend == "pytorch" and not result.parity.passed for run in report.runs for result in run.results):
+            wrong += ", or PyTorch's --weights are not those that the bundle was made of"
         return WrongAnswer("\n".join([wrong, *failed]))
     return CheckFailed("\n".join(failed)) if failed else None

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class _Site:
     connection: Connection
     threads: int
     emulated: bool
-    failures: list[str] = field(default_factory=list)
+    failures: list[str]
 
     def note(self, case: Case, error: CheckFailed) -> None:
         """A case failed."""
@@ -103,22 +103,21 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
     """A device's part of the report; what fails goes into it instead of ending everything, unless it is `alone` and all of it fails."""
     target = load_target(device.target)
     emulated = not target.MEASURES_TIME
-    machine, results, failure = None, [], None
+    machine, results, failures = None, [], []
     try:
         cases = target.cases(artifacts, device.options)
         if not cases:
             raise UserError(f"{device.name} runs nothing of {', '.join(a.name for a in artifacts)}; {device.target}: {target.HELP}")
         with target.connect(device.address, device.options) as connection:
             machine = connection.machine()
-            site = _Site(device, connection, device.threads or machine.cpus, emulated)
-            results = measure(site, cases)
-        failure = "\n".join(site.failures) or None
-        if not results:
-            raise CheckFailed(failure)
+            results = measure(_Site(device, connection, device.threads or machine.cpus, emulated, failures), cases)
     except (UserError, CheckFailed) as error:
-        if alone:
+        if alone and not results:
             raise
-        failure = str(error)
+        failures.append(str(error))
+    failure = "\n".join(failures) or None
+    if alone and not results:
+        raise CheckFailed(failure)
     return Run(device=device.name, target=device.target, emulated=emulated, machine=machine, results=tuple(results), error=failure)
 
 
@@ -185,17 +184,30 @@ def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, la
         return answered  # though closing the session may have failed
 
     answers = [answered for answered in side_by_side(answer, cases, at_once) if answered is not None]
-    reference = next((logits for result, logits in answers if result.precision == "float"), None)
+    reference = _reference(site, answers, labels)
     return [
         result.model_copy(update={"accuracy": _accuracy(logits, None if result.precision == "float" else reference, labels)})
         for result, logits in answers
     ]
 
 
+def _reference(site: _Site, answers: Sequence[tuple[Result, Logits]], labels: Classes) -> Logits | None:
+    """The float logits that others are compared with, if there are both; ones that are no baseline are a failure, and compare nothing."""
+    floats = [(result, logits) for result, logits in answers if result.precision == "float"]
+    if not floats or len(floats) == len(answers):
+        return None
+    result, logits = floats[0]
+    try:
+        check_baseline(logits, labels)
+    except CheckFailed as error:
+        site.failures.append(f"{result.name}: {error}")
+        return None
+    return logits
+
+
 def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accuracy:
     right, against = int(hits(logits, labels, 1).sum()), None
     if reference is not None:
-        check_baseline(reference, labels)
         against = compare(logits, reference, labels)
     return Accuracy(
         images=len(labels),

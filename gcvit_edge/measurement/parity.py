@@ -53,7 +53,10 @@ def check_parity(logits: NDArray[np.float32], golden: NDArray[np.float32], *arit
         CheckFailed: the logits have another shape.
     """
     if logits.shape != golden.shape:
-        raise CheckFailed(f"the artifact gives {logits.shape} logits, its golden output has {golden.shape}; get the bundle again")
+        raise CheckFailed(
+            f"the artifact gives {logits.shape} logits, its golden output has {golden.shape}; get the bundle again, or, for PyTorch, give "
+            "--weights the checkpoint that the bundle was made of"
+        )
     minimum = min(MIN_SQNR_DB[each] for each in arithmetic)
     level = finite_db(sqnr_db(logits, golden))
     same = logits.argmax(1) == golden.argmax(1)

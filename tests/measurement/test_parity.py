@@ -45,5 +45,6 @@ def test_not_finite() -> None:
 
 
 def test_another_shape() -> None:
-    with pytest.raises(CheckFailed, match=r"gives \(2, 3\) logits, its golden output has \(2, 4\)"):
+    message = r"gives \(2, 3\) logits, its golden output has \(2, 4\); get the bundle again, or, for PyTorch, give --weights the checkpoint"
+    with pytest.raises(CheckFailed, match=message):
         check_parity(GOLDEN[:, :3], GOLDEN, "int8")

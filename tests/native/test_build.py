@@ -1,15 +1,20 @@
 """Building on demand: kept, named after everything that decides it, whole or absent, and errors that say what to do."""
 
 import os
+import re
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from gcvit_edge.errors import UserError
 from gcvit_edge.native import build
-from gcvit_edge.targets import arm64
+from gcvit_edge.native.android import build_android_runner
+from gcvit_edge.targets import arm64, runner
+
+README = Path(__file__).parents[2] / "README.md"
 
 INSTRUCTIONS = """
     .globl main
@@ -67,6 +72,25 @@ def test_built_once_and_again_when_a_source_changes(cache: Path, sources: Path) 
     assert build.build_runner().executable.parent != files.executable.parent
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=needs(build.missing_tools(name))) for name in build.architectures()],
+)
+def test_runs_on_systems_as_old_as_the_readme_says(architecture: str) -> None:
+    said = re.search(r"glibc (\d+)\.(\d+) or later", README.read_text())
+    assert said
+    newest = {"GLIBC": tuple(map(int, said.groups())), "GLIBCXX": (3, 4, 29)}  # the latter is of GCC 11, which came with such systems
+    files = build.build_runner(architecture)
+    for file in (files.executable, *files.libraries):
+        needed = subprocess.run(["readelf", "--version-info", file], capture_output=True, text=True, check=True).stdout
+        versions = re.findall(r"Name: (GLIBC|GLIBCXX)_([\d.]+)", needed)
+        assert versions
+        assert not [found for found in versions if tuple(map(int, found[1].split("."))) > newest[found[0]]], file.name
+    symbols = subprocess.run(["readelf", "--dyn-syms", "--wide", files.executable], capture_output=True, text=True, check=True).stdout
+    # for which later headers, of glibc 2.38 and of GCC 13, take symbols that came with them
+    assert re.findall(r"\b(?:strto(?:u?ll?|[iu]max)|\w*scanf|_ZSt3cin)\b", symbols) == []
+
+
 @needs(build.missing_tools(build.host()))
 def test_a_build_that_fails_says_why_and_leaves_nothing(cache: Path, sources: Path) -> None:
     (sources / "runner.cpp").write_text("int main() { return undeclared; }\n")
@@ -83,6 +107,19 @@ def test_tools_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert arm64.missing("") == build.missing_tools("aarch64")
     with pytest.raises(UserError, match="counting instructions needs a C compiler: apt install gcc"):
         build.build_counter()
+
+
+@needs(build.missing_tools(build.host()))
+def test_without_executorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(build, "version", version)
+    message = "building the runner needs the package executorch, which is not installed: pip install executorch"
+    assert build.missing_tools(build.host()) == runner.missing("") == message
+    for make in (build.build_runner, build_android_runner, lambda: build.executorch_package(build.host())):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            make()
 
 
 def test_unknown_architecture() -> None:

@@ -16,10 +16,13 @@ from target_contract import BRIEF
 from gcvit_edge import export_float, load_model
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
-from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.cli._options import report_error
+from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.measurement.timing import time_sessions
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.progress import Steps
 from gcvit_edge.targets import Case, cuda
 from gcvit_edge.targets._cuda_worker import load_onnx, quantize_linears
@@ -81,12 +84,31 @@ def test_ways_that_are_chosen(bundle: Bundle, weights: Path) -> None:
         cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="eager,graph"))
 
 
-def test_a_way_that_does_not_run_leaves_the_others_their_results(bundle: Bundle, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def on_the_cpu(address: str, options: cuda.Options) -> Iterator[cuda.Gpu]:
-        yield cuda.Gpu("cpu")  # which has no CUDA graphs
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU, which has no CUDA graphs, instead of a GPU."""
 
-    monkeypatch.setattr(cuda, "connect", on_the_cpu)
+    @contextmanager
+    def connect(address: str, options: cuda.Options) -> Iterator[cuda.Gpu]:
+        yield cuda.Gpu("cpu")
+
+    monkeypatch.setattr(cuda, "connect", connect)
+
+
+def test_weights_of_another_network_are_named_as_a_cause(bundle: Bundle, tmp_path: Path, on_the_cpu: None) -> None:
+    for classes, kind, message in (
+        (8, WrongAnswer, "or PyTorch's --weights are not those"),
+        (5, CheckFailed, "for PyTorch, give --weights"),
+    ):
+        model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=classes, img_size=64)
+        save_checkpoint(model, describe_model(model), tmp_path / "other.safetensors", half=False)
+        device = Device("cuda", "cuda", "", cuda.Options(tmp_path / "other.safetensors", ways="eager"), 1)
+        with pytest.raises(kind, match=message):
+            report = benchmark_bundle(bundle, [device], BRIEF, Steps())
+            raise report_error(report) or AssertionError("no error")
+
+
+def test_a_way_that_does_not_run_leaves_the_others_their_results(bundle: Bundle, weights: Path, on_the_cpu: None) -> None:
     device = Device("cuda", "cuda", "", cuda.Options(weights, ways="graphs,eager"), 1)
     (run,) = benchmark_bundle(bundle, [device], BRIEF, Steps()).runs
     assert [result.execution for result in run.results] == ["eager, float32"]

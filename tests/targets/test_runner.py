@@ -3,14 +3,17 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from quantized import IMAGES, quantized
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed
+from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.native.build import RunnerFiles, build_runner
 from gcvit_edge.targets import Case, local
 from gcvit_edge.targets._cpus import fastest_here
@@ -39,6 +42,13 @@ def test_same_bits_as_the_python_runtime(runner: RunnerFiles, pte_bundle: Bundle
         np.testing.assert_array_equal(native.infer(images, lambda: None), python.infer(images, lambda: None))
         assert native.runtime_version == python.runtime_version
         assert native.runtime_rss_mb < python.runtime_rss_mb / 10  # no PyTorch
+
+
+@pytest.mark.parametrize("recipe", ["int8_ptq", "int8_ptq_full", "w4a8_ptq"])
+def test_same_bits_in_integers(runner: RunnerFiles, make_model: Callable[..., GCViT], recipe: str, tmp_path: Path) -> None:
+    artifact = quantized(make_model, recipe, "executorch", tmp_path)
+    with NativeRunner(runner, Options()).open(Case(artifact, "cpu"), 1, pinned=False) as native, local.Session(artifact, 1) as python:
+        np.testing.assert_array_equal(native.infer(IMAGES, lambda: None), python.infer(IMAGES, lambda: None))
 
 
 def test_threads_and_cpus(runner: RunnerFiles, artifact: Artifact) -> None:

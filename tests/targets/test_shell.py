@@ -9,14 +9,14 @@ from pathlib import Path
 from shlex import quote
 
 import pytest
-from boards import wait_for
+from boards import need, wait_for
 
 from gcvit_edge.targets import _shell
 from gcvit_edge.targets._shell import Keeper, Shell
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 HOST = os.uname().nodename
-SHELLS = [shell for shell in ("sh", "mksh", "busybox sh") if shutil.which(shell.split()[0])]
+SHELLS = ("sh", "mksh", "busybox sh")  # the second is Android's, the third that of many small boards
 
 
 class Here(Shell):
@@ -25,6 +25,7 @@ class Here(Shell):
     name = "here"
 
     def __init__(self, shell: str, first: str = ":") -> None:
+        need(shutil.which(shell.split()[0]), shell)
         self.shell, self.first = shell.split(), first
 
     def command(self, script: str) -> list[str]:

@@ -13,18 +13,21 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from boards import need
+from quantized import IMAGES, quantized
 from target_contract import check_target
 
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.targets import Case, web
+from gcvit_edge.measurement.accuracy import sqnr_db
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.targets import Case, local, web
 from gcvit_edge.targets.web import _runtime
 from gcvit_edge.targets.web._browser import Browser, browser_version, find_browser
 from gcvit_edge.targets.web._server import GONE, PageServer
@@ -189,6 +192,19 @@ def test_a_tab_that_crashes(usable: None, bundle: Bundle, temporary: Path) -> No
                 session.time(bundle.golden_input()[:1], 1)
         assert not [p for p in processes if psutil.pid_exists(p.pid) and p.status() != psutil.STATUS_ZOMBIE]
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("int8_ptq", 60), ("int4_weights", 60), ("w4a8_ptq", 30)])
+def test_integers_give_what_the_native_runtime_gives(
+    usable: None, make_model: Callable[..., GCViT], recipe: str, least: float, tmp_path: Path
+) -> None:
+    artifact = quantized(make_model, recipe, "onnx", tmp_path)
+    with (
+        web.connect("", web.Options()) as here,
+        here.open(Case(artifact, "wasm"), 2, pinned=False) as page,
+        local.Session(artifact, 1) as native,
+    ):
+        assert sqnr_db(page.infer(IMAGES, lambda: None), native.infer(IMAGES, lambda: None)) > least
 
 
 def test_an_error_in_the_page_is_told(usable: None, bundle: Bundle) -> None:
