@@ -1,11 +1,13 @@
 """64-bit ARM by emulation: the same answers as here, by the instructions that each CPU has, counted."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from quantized import IMAGES, quantized
 from target_contract import BRIEF
 
 from gcvit_edge.artifact import Artifact
@@ -15,7 +17,9 @@ from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import benchmark_bundle
+from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
@@ -74,6 +78,14 @@ def test_int8_by_the_instructions_of_the_cpu(
     assert {name: counts[name] for name in ("sdot", "smmla", "fmla")} == {name: again[name] for name in ("sdot", "smmla", "fmla")}
     # starting a process takes some 10,000 instructions more or less, which is 1 % of this network and 0.003 % of XXT
     assert again["instructions"] == pytest.approx(counts["instructions"], abs=5e4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8_ptq_full", "w4a8_ptq"])
+def test_other_integers_as_here(recipe: str, make_model: Callable[..., GCViT], tmp_path: Path) -> None:
+    artifact = quantized(make_model, recipe, "executorch", tmp_path)
+    with connect("", Options()) as arm, arm.open(Case(artifact, "cpu"), 1, pinned=False) as there, local.Session(artifact, 1) as here:
+        assert sqnr_db(there.infer(IMAGES, lambda: None), here.infer(IMAGES, lambda: None)) > MIN_SQNR_DB[artifact.precision]
 
 
 def test_counts_are_in_the_report(pte_bundle: Bundle) -> None:

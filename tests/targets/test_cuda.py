@@ -20,6 +20,7 @@ from gcvit_edge.cli._options import report_error
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import benchmark_bundle
+from gcvit_edge.measurement.result import Report
 from gcvit_edge.measurement.timing import time_sessions
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model
@@ -96,16 +97,19 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_of_another_network_are_named_as_a_cause(bundle: Bundle, tmp_path: Path, on_the_cpu: None) -> None:
-    for classes, kind, message in (
-        (8, WrongAnswer, "or PyTorch's --weights are not those"),
-        (5, CheckFailed, "for PyTorch, give --weights"),
-    ):
+    def run(classes: int) -> Report:
         model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=classes, img_size=64)
         save_checkpoint(model, describe_model(model), tmp_path / "other.safetensors", half=False)
         device = Device("cuda", "cuda", "", cuda.Options(tmp_path / "other.safetensors", ways="eager"), 1)
-        with pytest.raises(kind, match=message):
-            report = benchmark_bundle(bundle, [device], BRIEF, Steps())
-            raise report_error(report) or AssertionError("no error")
+        return benchmark_bundle(bundle, [device], BRIEF, Steps())
+
+    error = report_error(run(8))
+    assert isinstance(error, WrongAnswer)
+    assert str(error).endswith("or PyTorch's --weights are not those that the bundle was made of")
+    with pytest.raises(
+        CheckFailed, match=r"gives \(2, 5\) logits, .* for PyTorch, give --weights the checkpoint that the bundle was made of"
+    ):
+        run(5)
 
 
 def test_a_way_that_does_not_run_leaves_the_others_their_results(bundle: Bundle, weights: Path, on_the_cpu: None) -> None:

@@ -44,7 +44,7 @@ def test_same_bits_as_the_python_runtime(runner: RunnerFiles, pte_bundle: Bundle
         assert native.runtime_rss_mb < python.runtime_rss_mb / 10  # no PyTorch
 
 
-@pytest.mark.parametrize("recipe", ["int8_ptq", "int8_ptq_full", "w4a8_ptq"])
+@pytest.mark.parametrize("recipe", ["int8_ptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8_ptq_full", "w4a8_ptq"))])
 def test_same_bits_in_integers(runner: RunnerFiles, make_model: Callable[..., GCViT], recipe: str, tmp_path: Path) -> None:
     artifact = quantized(make_model, recipe, "executorch", tmp_path)
     with NativeRunner(runner, Options()).open(Case(artifact, "cpu"), 1, pinned=False) as native, local.Session(artifact, 1) as python:
