@@ -189,9 +189,12 @@ class ProcessSession(Session):
         return line
 
     def _fail(self, reason: str) -> NoReturn:
+        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} ({reason}):\n{self._printed()}")
+
+    def _printed(self) -> str:
+        """The last lines that it printed for people."""
         self._log.seek(0)
-        tail = "".join(self._log.readlines()[-15:])
-        raise CheckFailed(f"{self.artifact.path.name} does not run in {self.artifact.backend} ({reason}):\n{tail}")
+        return "".join(self._log.readlines()[-15:])
 
     def _ending(self, code: int) -> str:
         """What an exit code means; 137 is a shell's word for a child that was killed."""

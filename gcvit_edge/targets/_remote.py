@@ -231,7 +231,7 @@ class RemoteSession(ProcessSession):
     def _ending(self, code: int) -> str:
         if not self._device.keeper.alive():
             return f"the connection to {self._device.shell.name} was lost"
-        if code in (126, 127):
+        if code in (126, 127) or "version `GLIBC" in self._printed():  # the loader's word, whose exit code is 1
             return (
                 f"{self._device.shell.name} cannot start the runner, which needs a 64-bit system with glibc 2.34; "
                 "for another one build it there and give it with --runner"

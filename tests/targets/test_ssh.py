@@ -270,6 +270,9 @@ def test_a_runner_that_cannot_start(pte_bundle: Bundle, options: Options, tmp_pa
     message = "board cannot start the runner, which needs a 64-bit system"
     with pytest.raises(CheckFailed, match=message), loaded(pte_bundle, options, runner=runner):
         pass
+    runner.write_text('#!/bin/sh\necho "libc.so.6: version \\`GLIBC_2.99\' not found" >&2; exit 1\n')
+    with pytest.raises(CheckFailed, match=rf"{message}(.|\n)*GLIBC_2\.99"), loaded(pte_bundle, options, runner=runner):
+        pass
     message = r"cannot read runner .*/none: No such file"
     with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=tmp_path / "none"):
         pass
