@@ -78,7 +78,7 @@ def test_nothing_is_moved_between_tokens_and_feature_maps(arithmetic: Arithmetic
 
 @pytest.mark.slow
 def test_dynamic_linears_load_and_are_more_exact(tmp_path: Path) -> None:
-    """They did not load in earlier forms (`XNNCompiler::compileModel failed`): a tensor of more than two axes before a dynamic linear."""
+    """They did not load in an earlier form (`XNNCompiler::compileModel failed`); with these versions no small graph fails so."""
     model = small_model()
     noise = {}
     for linear in ("static", "dynamic_row"):
