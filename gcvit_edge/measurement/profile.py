@@ -134,7 +134,8 @@ def _comparison(name: str, profile: dict[str, Any], reference: dict[str, Any]) -
     total, before, integer_ms = profile["total_ms"], reference["total_ms"], profile["integer"]["ms"]
     faster = before / total
     how = "" if faster >= 1.05 else "hardly faster, " if faster > 1 else "no faster, "
-    changes = {what: ms - _ms(reference)[what] for what, ms in _ms(profile).items()}
+    float_ms = _ms(reference)
+    changes = {what: ms - float_ms[what] for what, ms in _ms(profile).items()}
     text = (
         f"{name} is {how}{faster:.2f}x as fast as float ({total:.1f} against {before:.1f} ms): "
         f"{', '.join(f'{what} {change:+.1f}' for what, change in changes.items())} ms."

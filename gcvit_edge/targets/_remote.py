@@ -13,6 +13,7 @@ from gcvit_edge.targets import Case, Connection, Session
 from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
 from gcvit_edge.targets._process import ETDUMP, ProcessSession, profile_file
 from gcvit_edge.targets._shell import Keeper, Shell
+from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
@@ -38,7 +39,7 @@ class RemoteOptions:
     )
     keep_files: bool = field(default=False, metadata={"help": "leave runner and artifacts on the device, by hash, for the next time"})
     etdump: Path | None = field(default=None, metadata=ETDUMP)
-    timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference, and for loading (120)"})
+    timeout: int = field(default=DEFAULT_SECONDS, metadata=TIMEOUT)
 
 
 def cases(artifacts: "Sequence[Artifact]", options: RemoteOptions) -> list[Case]:
@@ -57,8 +58,7 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
             another user's `~`.
         CheckFailed: its disk is full.
     """
-    if options.timeout < 1:
-        raise UserError(f"timeout must be at least 1 second, got {options.timeout}")
+    check_timeout(options.timeout)
     parent = _folder_word(options.remote_dir) if options.remote_dir else shell.parent
     keeper = Keeper(shell, parent)
     try:

@@ -168,8 +168,7 @@ class Keeper:
         line = self._process.stdout.readline().decode(errors="replace").rstrip("\n") if answered else ""
         if line.startswith(_GREETING):
             self.folder = line.removeprefix(_GREETING)
-            self._beats = threading.Thread(target=self._beat, daemon=True)
-            self._beats.start()
+            threading.Thread(target=self._beat, daemon=True).start()
             return
         if not answered:
             self._process.kill()

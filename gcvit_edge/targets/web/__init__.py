@@ -12,6 +12,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Timed
 from gcvit_edge.targets import Session as BaseSession
 from gcvit_edge.targets._energy import Rapl
+from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout
 from gcvit_edge.targets.web._browser import Browser, browser_version, find_browser
 from gcvit_edge.targets.web._runtime import missing_runtime, runtime_files
 from gcvit_edge.targets.web._server import PageServer
@@ -34,7 +35,7 @@ _PAGE = Path(__file__).parent
 class Options:
     """timeout: also for the browser to start."""
 
-    timeout: int = field(default=120, metadata={"help": "seconds to wait for one inference, and for loading (120)"})
+    timeout: int = field(default=DEFAULT_SECONDS, metadata=TIMEOUT)
 
 
 def missing(address: str) -> str | None:
@@ -51,8 +52,7 @@ def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
 
 @contextmanager
 def connect(address: str, options: Options) -> Iterator[Connection]:
-    if options.timeout < 1:
-        raise UserError(f"timeout must be at least 1 second, got {options.timeout}")
+    check_timeout(options.timeout)
     path = find_browser(address)
     yield Web(path, browser_version(path), options.timeout)
 
