@@ -90,7 +90,7 @@ def run_shares(bundle: Bundle, pixels: Pixels, advance: Callable[[], object]) ->
 
 
 def evaluate_twice(bundle: Bundle, pixels: Pixels, advance: Callable[[], object]) -> None:
-    site = _Site(Device("local", "local", "", Options(), 1), Local(), 1, emulated=False)
+    site = _Site(Device("local", "local", "", Options(), 1), Local(), 1, emulated=False, failures=[])
     _evaluate(bundle, site, [Case(bundle.artifact("onnx"), "cpu")] * 2, pixels, np.zeros(len(pixels.kept), np.int64), advance)
 
 
