@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from gcvit_edge.model.gcvit import GCViT, LayerScale
 
 # with two, as many processes of tests as CPUs would wait for each other: threads spin, and a suite takes twice as long
 torch.set_num_threads(1)
+
+# in the background of a script, whose shell has it ignored there, tests of Ctrl-C would wait for one for ever
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
