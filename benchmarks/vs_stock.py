@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the artifacts there, and use what is there already")
     parser.add_argument("--build-only", action="store_true", help="build into --folder, and time nothing")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--cpu", default=cpu_name(), help="its name in the table (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.build_only and not arguments.folder:
@@ -277,14 +278,14 @@ def main() -> None:
         work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
         stock = {runtime: timing for runtime, form, artifact, timing in timed if (form, artifact.precision) == ("stock", "float")}
         what = {
-            "model": arguments.model, "img_size": list(side), "cpu": cpu_name(), "threads": arguments.threads,
+            "model": arguments.model, "img_size": list(side), "cpu": arguments.cpu, "threads": arguments.threads,
             "gmac": round(work / 1e9, 3), "integer_gmac_per_s": peak and round(peak / 1e9, 1),
             "floor_ms": peak and round(1000 * work / peak, 3),
         }  # fmt: skip
         entries = [what | entry(*each, stock[each[0]]) for each in timed]
     if arguments.json:
         arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
-    table = Table("runtime", "form", "precision", title=f"{arguments.model}, {cpu_name()}, {arguments.threads} threads, batch 1")
+    table = Table("runtime", "form", "precision", title=f"{arguments.model}, {arguments.cpu}, {arguments.threads} threads, batch 1")
     for heading in ("ms p50", "min", "x stock float", "MB", "load ms", "peak MB"):
         table.add_column(heading, justify="right")
     for each in entries:

@@ -1,14 +1,14 @@
 """Writes the results tables of README.md, and its picture, from reports.
 
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
-    python benchmarks/vs_stock.py --json results/vs_stock/gcvit_xxtiny.json
+    python benchmarks/vs_stock.py --cpu "AMD EPYC (Zen 5)" --json results/vs_stock/gcvit_xxtiny_zen5.json
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
     python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
     gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
     python scripts/update_results.py
 
 Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each
-results/vs_stock/MODEL.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark wrote; the tables have
+results/vs_stock/MODEL_CPU.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark wrote; the tables have
 one row a runtime, one a file on an emulated CPU, and one an artifact. The picture, results/vs_stock.svg, shows GC ViT-XXT and B of
 results/vs_stock; it needs `gcvit-edge[analyze]`.
 """
@@ -154,7 +154,7 @@ def stock_picture() -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("ms, median")
-    grid[0, 0].legend(ncols=2, frameon=False, fontsize=8)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(BARS), frameon=False, fontsize=9)
     return figure
 
 
