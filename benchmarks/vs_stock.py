@@ -1,7 +1,7 @@
 """Ours against the stock way, in every runtime, interleaved in one run.
 
     pip install timm==1.0.31
-    python benchmarks/vs_stock.py [--model gcvit_xxtiny] [--img-size 224] [--folder DIR] [--json FILE]
+    python benchmarks/vs_stock.py [--model gcvit_xxtiny] [--img-size 224] [--folder DIR] [--cpu NAME] [--json FILE]
 
 Stock is what a user does without us: timm's model, each tool's own exporter and INT8 quantizer, with their defaults. Ours is
 what `gcvit-edge quantize --recipe int8_ptq` makes. Both have the same weights, are calibrated on the same images and timed on the

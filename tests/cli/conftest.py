@@ -16,21 +16,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture
-def hangup() -> Iterator[None]:
-    """A hangup ends what gets it, and what this process starts, under nohup too."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def default_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what gets them, and what this process starts, under nohup too; a command's handlers are gone afterwards."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
-def command(hangup: None, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    before = signal.getsignal(signal.SIGTERM)
+def command(default_signals: None, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gcvit_edge.pipeline.TIMED_ROUNDS", 2)
     monkeypatch.setattr("gcvit_edge.export.TIMED_ROUNDS", 2)
-    yield Command(capfd, tmp_path)
-    signal.signal(signal.SIGTERM, before)
+    return Command(capfd, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(command: Command, tiny: Tiny, tmp
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_exit_130_and_leaves_nothing(ending: signal.Signals, hangup: None, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_signal_is_exit_130_and_leaves_nothing(ending: signal.Signals, default_signals: None, tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "gcvit_edge", "quantize", *map(str, own(tiny)), "-o", "out"],
