@@ -1,10 +1,11 @@
 """What quantization loses, by recipe and by algorithm: every artifact in its own runtime, against float on the same images.
 
+    pip install timm==1.0.31
     python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR [--labels FILE] [--only NAME ...] [--json FILE] [--again]
 
---train sets ranges and everything that is fitted to images; --eval is only measured. Rows are the recipes, then the recipes with
-one algorithm changed at a time, on every fifth image. A row that --json has already is not measured again if recipe, code and
-versions are the same, so a run that was cut off goes on; those of which that is not known are kept, and named, unless --again.
+--train sets ranges and everything that is fitted to images; --eval is only measured. Rows are the stock way (`stock.py`), the recipes, then
+the recipes with one algorithm changed at a time, on every fifth image. A row that --json has already is not measured again if recipe,
+code and versions are the same, so a run that was cut off goes on; those of which that is not known are kept, and named, unless --again.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from stock import STOCK, stock_made_by, stock_model
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend, package_version
@@ -38,13 +40,17 @@ from gcvit_edge.targets.local import run_artifacts
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a recipe, changed by `change`, for some of its backends, on every `every`-th image."""
+    """A line of the table: a recipe, changed by `change`, for some of its backends, on every `every`-th image.
+
+    stock: each tool's own exporter and quantizer on the recipe's calibration images, instead of ours.
+    """
 
     name: str
     recipe: str
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe
     backends: tuple[str, ...] | None = None
     every: int = 5
+    stock: bool = False
 
 
 def calibration(**changes: Any) -> Callable[[Recipe], Recipe]:
@@ -58,6 +64,7 @@ def changed(**changes: Any) -> Callable[[Recipe], Recipe]:
 
 
 ROWS = (
+    Row("stock INT8", "int8_ptq", every=1, stock=True),
     *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16", "bf16")),
     Row("int8_ptq_full, residual additions in float", "int8_ptq_full", changed(operators=("linear", "conv", "attention")), every=1),
     Row("int8_ptq, every fifth image", "int8_ptq"),
@@ -103,7 +110,8 @@ def made_by(row: Row) -> str:
     names = row.backends or recipe.backends
     packages = sorted({package for name in names for package in load_backend(name).PACKAGES})
     versions = (f"{package} {package_version(package)}" for package in packages)
-    return digest([recipe.model_dump_json(exclude={"description", "limits"}), repr(names), sources(), *versions])
+    parts = [recipe.model_dump_json(exclude={"description", "limits"}), repr(names), sources(), *versions]
+    return digest([*parts, stock_made_by()] if row.stock else parts)
 
 
 def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
@@ -114,13 +122,26 @@ def measure(row: Row, bed: Bed, work: Path) -> list[dict[str, Any]]:
     pixels = decode_images(images, info.preprocessing, work / "calib.npy")
     names = row.backends or recipe.backends
     with bed.steps.step(f"{row.name}: make"):
-        calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, info.preprocessing), roundings(recipe, names))
-        artifacts = [lower_quantized(name, calibrated, info, recipe, work / "made") for name in names]
+        artifacts = make_stock(names, pixels, bed, work) if row.stock else make_ours(names, recipe, pixels, bed, work)
     with bed.steps.step(f"{row.name}: run", len(artifacts) * len(bed.classes[:: row.every])) as advance:
         some = replace(bed.pixels, file=work / "some.npy", kept=bed.pixels.kept[:: row.every])
         np.save(some.file, bed.pixels.load()[:: row.every])
         logits = run_artifacts(artifacts, some, info.preprocessing, advance)
     return [entry(row, artifact, each, logits, bed) for artifact, each in zip(artifacts, logits, strict=True)]
+
+
+def make_ours(names: Iterable[str], recipe: Recipe, pixels: Pixels, bed: Bed, work: Path) -> list[Artifact]:
+    """As `gcvit-edge quantize` makes them."""
+    calibrated = calibrate(bed.model, recipe, lambda: inputs(pixels, bed.info.preprocessing), roundings(recipe, names))
+    return [lower_quantized(name, calibrated, bed.info, recipe, work / "made") for name in names]
+
+
+def make_stock(names: Iterable[str], pixels: Pixels, bed: Bed, work: Path) -> list[Artifact]:
+    """As each runtime's own tools make them."""
+    images, model = list(inputs(pixels, bed.info.preprocessing)), stock_model(bed.info.name, bed.model)
+    folder = work / "stock"
+    folder.mkdir()
+    return [each for name in names for each in STOCK[name](model, images, folder) if each.precision == "int8"]
 
 
 def check_names(names: Iterable[str], source: str) -> None:
@@ -166,7 +187,9 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "drop_points": round(accuracy.drop_points, 4),
         "drop_ci95": [round(end, 4) for end in accuracy.drop_ci95],
         "agreement": round(accuracy.agreement, 6),
+        "agreement_ci95": [round(end, 6) for end in accuracy.agreement_ci95],
         "sqnr_db": round(accuracy.sqnr_db, 2),
+        "sqnr_ci95": [round(end, 2) for end in accuracy.sqnr_ci95],
         "cross": round(min(others), 6) if others else None,
         "size_bytes": artifact.size_bytes,
         "made_by": made_by(row),
@@ -175,14 +198,15 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
 
 def show(entries: list[dict[str, Any]]) -> Table:
     """The table for people."""
-    table = Table("row", "runtime")
-    for heading in ("top-1", "drop, points (95 %)", "agreement", "SQNR", "cross", "MB"):
+    table = Table("row", "runtime", caption="with 95 % intervals; cross: agreement with the other runtimes")
+    for heading in ("top-1", "drop, points", "agreement", "SQNR, dB", "cross", "MB"):
         table.add_column(heading, justify="right")
     for each in entries:
-        low, high = each["drop_ci95"]
+        drop, same, noise = each["drop_ci95"], each["agreement_ci95"], each["sqnr_ci95"]
         table.add_row(
-            each["row"], each["backend"], f"{each['top1']:.2%}", f"{each['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})",
-            f"{each['agreement']:.2%}", f"{each['sqnr_db']:.1f} dB", "" if each["cross"] is None else f"{each['cross']:.2%}",
+            each["row"], each["backend"], f"{each['top1']:.2%}", f"{each['drop_points']:+.2f} ({drop[0]:+.2f} to {drop[1]:+.2f})",
+            f"{each['agreement']:.2%} ({same[0]:.2%} to {same[1]:.2%})", f"{each['sqnr_db']:.1f} ± {(noise[1] - noise[0]) / 2:.1f}",
+            "" if each["cross"] is None else f"{each['cross']:.2%}",
             f"{each['size_bytes'] / 1e6:.1f}",
         )  # fmt: skip
     return table
@@ -223,7 +247,7 @@ def main() -> None:
                 entries.sort(key=lambda each: order.index(each["row"]))
                 if arguments.json:
                     arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
-    Console(width=140).print(show(entries))
+    Console(width=160).print(show(entries))
 
 
 if __name__ == "__main__":

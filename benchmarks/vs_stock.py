@@ -3,9 +3,9 @@
     pip install timm==1.0.31
     python benchmarks/vs_stock.py [--model gcvit_xxtiny] [--img-size 224] [--folder DIR] [--cpu NAME] [--json FILE]
 
-Stock is what a user does without us: timm's model, each tool's own exporter and INT8 quantizer, with their defaults. Ours is
-what `gcvit-edge quantize --recipe int8_ptq` makes. Both have the same weights, are calibrated on the same images and timed on the
-same input: one fresh process an artifact, the same threads, in turn, so that a slow minute of the machine hits all alike.
+Stock is what a user does without us (`stock.py`), ours what `gcvit-edge quantize --recipe int8_ptq` makes. Both have the same weights, are
+calibrated on the same images and timed on the same input: one fresh process an artifact, the same threads, in turn, so that a slow
+minute of the machine hits all alike.
 
 What is no integer is computed in float32 in every runtime. OpenVINO does that on all CPUs only if it is told to, so where it would choose
 bfloat16 by itself its artifacts are timed in both ways, the second as "openvino bf16".
@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from stock import STOCK, stock_made_by, stock_model
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import backend_names, load_backend, package_version
+from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.cache import digest, sources
 from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
@@ -50,68 +51,6 @@ ROUNDS = 40
 CALIBRATION_IMAGES = 16  # speed does not depend on them
 
 
-def stock_onnx(model: torch.nn.Module, images: list[np.ndarray], folder: Path) -> list[Artifact]:
-    """torch.onnx.export, quant_pre_process and quantize_static with their defaults, but that there are no symbolic shapes to infer."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.samples: Iterator[np.ndarray] = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]
-            sample = next(self.samples, None)
-            return None if sample is None else {"image": sample}
-
-    paths = {precision: folder / f"stock.{precision}.onnx" for precision in ("float", "prepared", "int8")}
-    example = (torch.from_numpy(images[0]),)
-    torch.onnx.export(model, example, paths["float"], dynamo=True, input_names=["image"], output_names=["logits"], external_data=False)
-    quant_pre_process(paths["float"], paths["prepared"], skip_symbolic_shape=True)
-    quantize_static(paths["prepared"], paths["int8"], Reader())
-    return [Artifact("onnx", "float", paths["float"], (paths["float"],)), Artifact("onnx", "int8", paths["int8"], (paths["int8"],))]
-
-
-def stock_openvino(model: torch.nn.Module, images: list[np.ndarray], folder: Path) -> list[Artifact]:
-    """openvino.convert_model, and nncf.quantize as its guide says for transformers."""
-    import nncf
-    import openvino
-
-    graph = openvino.convert_model(model, example_input=torch.from_numpy(images[0]), input=[1, *images[0].shape[1:]])
-    quantized = nncf.quantize(graph, nncf.Dataset(images), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
-    artifacts = []
-    for precision, each in (("float", graph), ("int8", quantized)):
-        path = folder / f"stock.{precision}.xml"
-        openvino.save_model(each, path)  # weights that are float are halved, which is the default
-        artifacts.append(Artifact("openvino", precision, path, (path, path.with_suffix(".bin"))))  # type: ignore[arg-type]
-    return artifacts
-
-
-def stock_executorch(model: torch.nn.Module, images: list[np.ndarray], folder: Path) -> list[Artifact]:
-    """PT2E static INT8 with XNNPACK's quantizer, lowered with the XNNPACK partitioner."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
-    from executorch.exir import to_edge_transform_and_lower
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    example = (torch.from_numpy(images[0]),)
-    program = torch.export.export(model, example)
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(program.module(), quantizer)
-    with torch.no_grad():
-        for image in images:
-            prepared(torch.from_numpy(image))
-    quantized = torch.export.export(convert_pt2e(prepared), example)
-    artifacts = []
-    for precision, each in (("float", program), ("int8", quantized)):
-        path = folder / f"stock.{precision}.pte"
-        path.write_bytes(to_edge_transform_and_lower(each, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
-        artifacts.append(Artifact("executorch", precision, path, (path,)))  # type: ignore[arg-type]
-    return artifacts
-
-
-STOCK = {"executorch": stock_executorch, "onnx": stock_onnx, "openvino": stock_openvino}
-
-
 def network(name: str, img_size: int | None) -> tuple[GCViT, ModelInfo]:
     """The sample's weights where they fit, else random ones: speed does not depend on them."""
     if name == SAMPLE_MODEL and img_size in (None, variant_config(name).img_size[0]):
@@ -130,15 +69,11 @@ def calibration_inputs(info: ModelInfo, folder: Path) -> list[np.ndarray]:
 def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes: Sequence[str]) -> list[tuple[str, Artifact]]:
     """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already of this model, by the same sources and
     versions, is not built again."""
-    import timm
-
     model, info = network(name, img_size)
-    versions = [f"{tool} {package_version(tool)}" for tool in ("torch", "timm", "executorch", "onnxruntime", "openvino", "nncf")]
-    state = digest([sources(), Path(__file__).read_bytes(), recipe_text("int8_ptq"), *versions])[:8]
+    state = digest([sources(), Path(__file__).read_bytes(), recipe_text("int8_ptq"), stock_made_by()])[:8]
     folder = folder / f"{name}-{model.config.img_size[0]}-{model.config.num_classes}-{state}"
     folder.mkdir(exist_ok=True)
-    theirs = timm.create_model(name, num_classes=model.config.num_classes, img_size=model.config.img_size).eval()
-    theirs.load_state_dict(model.state_dict())
+    theirs = stock_model(name, model)
     images = calibration_inputs(info, folder)
     recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
 

@@ -14,7 +14,7 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import lower_float, lower_network, lower_quantized, roundings, simulate, written
-from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, finite_db, hits, paired_drop, sqnr_db
+from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, finite_db, hits, paired_drop, sqnr_db, sqnr_interval
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.pipeline import ranking_images
@@ -282,7 +282,7 @@ def _drift(deployed: Deployed, job: Job, pixels: Pixels, classes: Classes, steps
 
 
 def drift(logits: Logits, reference: Logits, classes: Classes, labels: Labels) -> dict[str, Any]:
-    """Drop in points with its 95 % interval, agreement and SQNR: of all images (N,), and by class, the largest drop first."""
+    """Drop in points and SQNR with their 95 % intervals, and agreement: of all images (N,), and by class, the largest drop first."""
 
     def describe(chosen: NDArray[np.bool_]) -> dict[str, Any]:
         a, b, wanted = logits[chosen], reference[chosen], classes[chosen]
@@ -292,6 +292,7 @@ def drift(logits: Logits, reference: Logits, classes: Classes, labels: Labels) -
             "images": len(wanted), "float_top1": round(float(before.mean()), 4), "int8_top1": round(float(after.mean()), 4),
             "lost": int((before & ~after).sum()), "won": int((~before & after).sum()), "drop_points": round(drop, 3),
             "drop_ci95": [round(end, 3) for end in interval], "agreement": round(agreement(a, b), 4), "sqnr_db": _db(a, b),
+            "sqnr_ci95": [round(finite_db(end), 2) for end in sqnr_interval(a, b)],
         }  # fmt: skip
 
     by_class = [{"class": labels.names[index], **describe(classes == index)} for index in np.unique(classes)]

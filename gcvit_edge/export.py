@@ -16,7 +16,7 @@ from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_float
-from gcvit_edge.measurement.accuracy import finite_db, sqnr_db
+from gcvit_edge.measurement.accuracy import Logits, finite_db, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, timing_entry
 from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
@@ -64,16 +64,16 @@ def export_float(
     with staged_bundle(path, force) as stage:
         with torch.no_grad():
             expected = network(torch.from_numpy(golden)).numpy()
-        artifacts: list[Artifact] = []
+        answers: dict[Artifact, Logits] = {}
         entries: list[dict[str, Any]] = []
         for name in names:
             with steps.step(f"{name}: export float"):
                 artifact = lower_float(name, network, info, stage)
             with Session(artifact, threads) as session:
-                parity = finite_db(sqnr_db(session.infer(golden, lambda: None), expected))
+                answers[artifact] = session.infer(golden, lambda: None)
+            parity = finite_db(sqnr_db(answers[artifact], expected))
             if parity < MIN_FLOAT_PARITY_DB:
                 raise CheckFailed(f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected {MIN_FLOAT_PARITY_DB:.0f} dB or more")
-            artifacts.append(artifact)
             entries.append(
                 {
                     "backend": name,
@@ -83,8 +83,8 @@ def export_float(
                     "parity_db": round(parity, 1),
                 }
             )
-        with steps.step("time", TIMED_ROUNDS * len(artifacts)) as advance:
-            timings = time_artifacts(artifacts, (1, *shape[1:]), threads, TIMED_ROUNDS, advance)
+        with steps.step("time", TIMED_ROUNDS * len(answers)) as advance:
+            timings = time_artifacts(list(answers), (1, *shape[1:]), threads, TIMED_ROUNDS, advance)
         report = {
             "model": info.name,
             "recipe": None,
@@ -93,5 +93,5 @@ def export_float(
             "machine": {"cpu": cpu_name(), "threads": threads, "system": platform.platform(terse=True)},
             "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
         }
-        pack(stage, info, artifacts, golden, report, None, threads)
+        pack(stage, info, answers, golden, report, None)
     return open_bundle(path)

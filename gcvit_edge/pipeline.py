@@ -27,7 +27,8 @@ from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.plan import Job, check_held_out, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search
-from gcvit_edge.targets.local import Session, Timing, run_artifacts, time_artifacts
+from gcvit_edge.targets import Hold, side_by_side
+from gcvit_edge.targets.local import Session, Timing, default_threads, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
@@ -109,13 +110,13 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
         calibrated, prepared = _prepare(job, work, steps)
         made = _make(job, calibrated, work, stage, steps)
-        report = _measure(job, made, pixels, stage, steps)
+        report, answers = _measure(job, made, pixels, stage, steps)
         report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
         shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
         with steps.step("pack"):
             golden = np.concatenate(list(inputs(pixels, job.info.preprocessing, GOLDEN_IMAGES)))
             recipe = RecipeCopy(name=job.recipe.name, text=job.recipe_text)
-            pack(stage, job.info, shipped, golden, report, recipe, job.threads)
+            pack(stage, job.info, {artifact: answers[artifact] for artifact in shipped}, golden, report, recipe)
     if job.tuning is not None:
         job.tuning.state.unlink(missing_ok=True)  # the saved run is of no more use
     return open_bundle(job.output)
@@ -189,8 +190,9 @@ def _search(job: Job, float_artifact: Artifact, calibrated: "Calibrated", held_o
     return Made(float_artifact, artifact, report)
 
 
-def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> dict[str, Any]:
-    """The report: accuracy of every INT8 artifact against float on the same images, and the latency of all, interleaved.
+def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Steps) -> tuple[dict[str, Any], dict[Artifact, Logits]]:
+    """The report: accuracy of every INT8 artifact against float on the same images, and the latency of all, interleaved. And the logits of
+    all artifacts for the golden images, the first ones.
 
     The float logits come from the first backend's float artifact on all images; the other float artifacts are checked to
     give the same on some of them, which is all that float rounding leaves open.
@@ -201,14 +203,14 @@ def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Ste
         reference, *logits = run_artifacts(evaluated, pixels, job.info.preprocessing, advance)
     check_baseline(reference, classes)
     with steps.step("check float artifacts"):
-        for each in made[1:]:
-            _check_float(each.float, made[0].float, pixels, job.info.preprocessing, reference)
+        others = _check_floats([each.float for each in made], pixels, job.info.preprocessing, reference)
+    answers = dict(zip((*evaluated, *(each.float for each in made[1:])), (reference, *logits, *others), strict=True))
     shape = (1, job.model.config.in_chans, *job.model.config.img_size)
     timed = [artifact for each in made for artifact in (each.float, each.int8)]
     with steps.step("time", TIMED_ROUNDS * len(timed)) as advance:
         timings = time_artifacts(timed, shape, job.threads, TIMED_ROUNDS, advance)
     entries = [_entry(job, stage, each, logits[i], reference, classes, timings[2 * i], timings[2 * i + 1]) for i, each in enumerate(made)]
-    return {
+    report = {
         "model": job.info.name,
         "recipe": job.recipe.name,
         "images": len(pixels.kept),
@@ -218,17 +220,26 @@ def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Ste
         "machine": {"cpu": cpu_name(), "threads": job.threads, "system": platform.platform(terse=True)},
         "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
     }
+    return report, {artifact: rows[:GOLDEN_IMAGES] for artifact, rows in answers.items()}
 
 
-def _check_float(artifact: Artifact, first: Artifact, pixels: Pixels, preprocessing: Preprocessing, reference: Logits) -> None:
+def _check_floats(floats: Sequence[Artifact], pixels: Pixels, preprocessing: Preprocessing, reference: Logits) -> list[Logits]:
+    """Checks all but the first of the float artifacts against the logits of the first one; gives theirs of the first images."""
     count = min(16, len(pixels.kept))
-    with Session(artifact, threads=1) as session:
-        parity = sqnr_db(session.run(pixels, preprocessing, 0, count, lambda: None), reference[:count])
-    if parity < MIN_FLOAT_PARITY_DB:
-        raise CheckFailed(
-            f"the float artifacts {artifact.name} and {first.name} disagree: {parity:.1f} dB, expected at least "
-            f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken"
-        )
+
+    def answer(artifact: Artifact, hold: Hold) -> Logits:
+        with hold(Session(artifact, threads=1)) as session:
+            return session.run(pixels, preprocessing, 0, count, lambda: None)
+
+    answers = side_by_side(answer, floats[1:], default_threads())
+    for artifact, logits in zip(floats[1:], answers, strict=True):
+        parity = sqnr_db(logits, reference[:count])
+        if parity < MIN_FLOAT_PARITY_DB:
+            raise CheckFailed(
+                f"the float artifacts {artifact.name} and {floats[0].name} disagree: {parity:.1f} dB, expected at least "
+                f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken"
+            )
+    return answers
 
 
 def _entry(

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from gcvit_edge.interruption import raise_interruption
+
 Advance = Callable[[], object]
 
 
@@ -20,6 +22,7 @@ class Bar:
         self._task = None if progress is None else progress.add_task(self.text, total=total, completed=done)
 
     def __call__(self) -> None:
+        raise_interruption()
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task)
 
@@ -39,6 +42,7 @@ class Steps:
     @contextmanager
     def step(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
         """A step; the body calls what it gets once per unit of `total`, of which `done` were done before."""
+        raise_interruption()
         start = time.perf_counter()
         if self.console is not None and self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -48,6 +52,7 @@ class Steps:
         else:
             bar = Bar(name)
             yield bar
+        raise_interruption()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if self.console is not None:
             self.console.print(f"[green]done[/] {bar.text} [dim]{self.seconds[name]:.1f} s[/]", highlight=False)

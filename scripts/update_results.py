@@ -5,12 +5,13 @@
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
     python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
     gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
+    gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ... --output auto && cp auto/report.json results/auto/tiny_imagenet.json
     python scripts/update_results.py
 
-Each results/NAME.json and results/qat/NAME.json is the report.json of one run; the table has one row an artifact. Each
-results/vs_stock/MODEL_CPU.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark wrote; the tables have
-one row a runtime, one a file on an emulated CPU, and one an artifact. The picture, results/vs_stock.svg, shows GC ViT-XXT and B of
-results/vs_stock; it needs `gcvit-edge[analyze]`.
+Each results/NAME.json, results/qat/NAME.json and results/auto/NAME.json is the report.json of one run; the table has one row an
+artifact. Each results/vs_stock/MODEL_CPU.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark
+wrote; the tables have one row a runtime, one a file on an emulated CPU, and one an artifact. The picture, results/vs_stock.svg, shows
+GC ViT-XXT and B of results/vs_stock; it needs `gcvit-edge[analyze]`.
 """
 
 import json
@@ -36,10 +37,22 @@ def drop(entry: dict[str, Any]) -> str:
     return f"{entry['drop_points']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def agreement(entry: dict[str, Any]) -> str:
+    """Agreement with float and its interval."""
+    low, high = entry["agreement_ci95"]
+    return f"{entry['agreement']:.2%} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def sqnr(entry: dict[str, Any]) -> str:
+    """SQNR of the logits in dB and half of its interval, which is as far on both sides."""
+    low, high = entry["sqnr_ci95"]
+    return f"{entry['sqnr_db']:.1f} ± {(high - low) / 2:.1f}"
+
+
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 HEADER = header(
     "images", "runtime",
-    numbers="top-1 float | drop, points (95 % interval) | agreement | SQNR, dB | MB, INT8 of float | ms, INT8 of float | speed-up",
+    numbers="top-1 float | drop, points | agreement | SQNR, dB | MB, INT8 of float | ms, INT8 of float | speed-up",
 )  # fmt: skip
 
 
@@ -49,7 +62,7 @@ def rows(name: str, report: dict[str, Any]) -> list[str]:
     for entry in report["artifacts"]:
         out.append(
             f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | "
-            f"{drop(entry)} | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} | "
+            f"{drop(entry)} | {agreement(entry)} | {sqnr(entry)} | "
             f"{entry['size_bytes'] / 1e6:.1f} of {entry['float_size_bytes'] / 1e6:.1f} | "
             f"{entry['latency_ms']['p50']:.1f} of {entry['float_latency_ms']['p50']:.1f} | {entry['speedup']:.2f}x |"
         )
@@ -65,7 +78,7 @@ def table() -> str:
     lines = [row for name, report in reports.items() for row in rows(name, report)]
     note = (
         f"GC ViT-XXT, `int8_ptq`, {machines[0]}, batch 1, medians. Every figure is read off the INT8 "
-        "artifact in its own runtime, against our float artifact on the same images in the same run."
+        "artifact in its own runtime, against our float artifact on the same images in the same run. In brackets, after ±: 95 % intervals."
     )
     return "\n".join([BEGIN, note, "", HEADER, *lines, END])
 
@@ -194,7 +207,7 @@ def arm_table() -> str:
 ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy -->", "<!-- /accuracy -->"
 ACCURACY_HEADER = header(
     "recipe", "runtime",
-    numbers="images | top-1 | drop, points (95 % interval) | agreement | SQNR, dB | agreement with the other runtimes | MB",
+    numbers="images | top-1 | drop, points | agreement | SQNR, dB | agreement with the other runtimes | MB",
 )  # fmt: skip
 
 
@@ -206,15 +219,14 @@ def accuracy_table() -> str:
             cross = "" if each["cross"] is None else f"{each['cross']:.2%}"
             (ablation if "," in each["row"] else recipes).append(
                 f"| {each['row']} | {each['backend']} | {each['images']:,} | {each['top1']:.2%} | "
-                f"{drop(each)} | {each['agreement']:.2%} | "
-                f"{each['sqnr_db']:.1f} | {cross} | {each['size_bytes'] / 1e6:.1f} |"
+                f"{drop(each)} | {agreement(each)} | {sqnr(each)} | {cross} | {each['size_bytes'] / 1e6:.1f} |"
             )
     fold = "<details>\n<summary>The ablation: one algorithm changed at a time</summary>\n"
     return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *recipes, "", fold, ACCURACY_HEADER, *ablation, "\n</details>", ACCURACY_END])
 
 
 QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
-QAT_HEADER = header("images", "runtime", numbers="top-1 float | top-1 INT8 | drop, points (95 % interval) | agreement | SQNR, dB")
+QAT_HEADER = header("images", "runtime", numbers="top-1 float | top-1 INT8 | drop, points | agreement | SQNR, dB")
 
 
 def qat_table() -> str:
@@ -227,12 +239,36 @@ def qat_table() -> str:
         for entry in report["artifacts"]:
             lines.append(
                 f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | {entry['top1']:.2%} | "
-                f"{drop(entry)} | {entry['agreement']:.2%} | {entry['sqnr_db']:.1f} |"
+                f"{drop(entry)} | {agreement(entry)} | {sqnr(entry)} |"
             )
         training = report["training"]
         losses = ", ".join(f"{epoch['loss']:.4g}" for epoch in training["epochs"])
         notes.append(f"{name}: {training['images']:,} images, loss by epoch {losses}")
     return "\n".join([QAT_BEGIN, QAT_HEADER, *lines, "", f"Training: {'; '.join(notes)}.", QAT_END])
+
+
+AUTO_BEGIN, AUTO_END = "<!-- auto -->", "<!-- /auto -->"
+AUTO_HEADER = header(
+    "images", "runtime", "layers in float: found / safe choice",
+    numbers="drop, points | agreement | SQNR, dB | ms: `int8_ptq` / found / safe choice / float",
+)  # fmt: skip
+
+
+def auto_table() -> str:
+    """What `int8_auto` found, markers included."""
+    lines = []
+    for path in sorted((ROOT / "results" / "auto").glob("*.json")):
+        report = json.loads(path.read_text())
+        name = f"{path.stem.replace('_', ' ')}, {report['images']:,}, limit {report['limits']['max_drop']:g}"
+        for entry in report["artifacts"]:
+            found, latency = entry["search"], entry["search"]["latency_ms"]
+            if latency is None:
+                layers, times = "none: `int8_ptq` is within it", ""
+            else:
+                layers = f"{len(found['found'])} / {len(found['safe_choice'])}"
+                times = " / ".join(f"{latency[kind]:.1f}" for kind in ("plain", "chosen", "safe", "float"))
+            lines.append(f"| {name} | {entry['backend']} | {layers} | {drop(entry)} | {agreement(entry)} | {sqnr(entry)} | {times} |")
+    return "\n".join([AUTO_BEGIN, AUTO_HEADER, *lines, AUTO_END])
 
 
 def replaced(text: str, begin: str, section: str, end: str) -> str:
@@ -250,6 +286,7 @@ def main() -> None:
         (ARM_BEGIN, arm_table, ARM_END),
         (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
         (QAT_BEGIN, qat_table, QAT_END),
+        (AUTO_BEGIN, auto_table, AUTO_END),
     ):
         text = replaced(text, begin, section(), end)
     picture = stock_picture()

@@ -1,10 +1,13 @@
 """Progress: a line a step off a terminal, the note behind its name; bars on one."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
+import pytest
 from rich.console import Console
 
-from gcvit_edge.progress import Steps
+from gcvit_edge.progress import Bar, Steps
 
 
 def test_a_line_a_step_with_its_last_note() -> None:
@@ -31,6 +34,22 @@ def test_a_bar_on_a_terminal() -> None:
             bar()
     assert "epoch: loss 1.5" in out.getvalue()
     assert "10/10" in out.getvalue()
+
+
+def test_an_interruption_that_was_lost_is_raised_at_the_next_unit_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Event()
+    monkeypatch.setattr("gcvit_edge.interruption.interrupted", told)
+    steps, bar = Steps(), Bar("read")
+    bar()
+    with pytest.raises(KeyboardInterrupt), steps.step("read"):
+        told.set()
+    with pytest.raises(KeyboardInterrupt):
+        bar()
+    with pytest.raises(KeyboardInterrupt), steps.step("next"):
+        pytest.fail("the next step was begun")
+    assert steps.seconds == {}
+    others = ThreadPoolExecutor(1).submit(bar)  # a thread of ours must not end by what is meant for the main one
+    assert others.exception() is None
 
 
 def test_silence() -> None:

@@ -61,13 +61,38 @@ def test_stock_picture_shows_the_cpus_that_ran_every_model(script: ModuleType) -
     assert titles == ["gcvit_xxtiny, A", "gcvit_base, A"]
 
 
+def test_tables_of_accuracy_have_intervals(script: ModuleType) -> None:
+    measured = {
+        "backend": "onnx", "images": 5000, "top1": 0.4, "drop_points": 0.04, "drop_ci95": [-0.09, 0.17], "agreement": 0.9936,
+        "agreement_ci95": [0.991, 0.9955], "sqnr_db": 39.9, "sqnr_ci95": [39.8, 40.0], "size_bytes": 12e6,
+    }  # fmt: skip
+    intervals = "+0.04 (-0.09 to +0.17) | 99.36% (99.10 to 99.55) | 39.9 ± 0.1 |"
+    (script.ROOT / "results" / "accuracy").mkdir()
+    rows = [measured | {"row": name, "cross": None} for name in ("stock INT8", "int8_ptq, no smoothing")]
+    (script.ROOT / "results" / "accuracy" / "a.json").write_text(json.dumps(rows))
+    recipes, ablation = script.accuracy_table().split("<details>")
+    assert f"| stock INT8 | onnx | 5,000 | 40.00% | {intervals}" in recipes
+    assert f"| int8_ptq, no smoothing | onnx | 5,000 | 40.00% | {intervals}" in ablation
+
+    (script.ROOT / "results" / "auto").mkdir()
+    latency = {"float": 9.0, "plain": 6.0, "chosen": 7.0, "safe": 8.0, "predicted": 7.1}
+    searched = {"found": ["head"], "safe_choice": ["stem", "head"], "latency_ms": latency}
+    nothing = {"found": [], "safe_choice": [], "latency_ms": None}
+    entries = [measured | {"search": searched}, measured | {"search": nothing}]
+    report = {"images": 5000, "limits": {"max_drop": 0.3}, "artifacts": entries}
+    (script.ROOT / "results" / "auto" / "tiny_imagenet.json").write_text(json.dumps(report))
+    text = script.auto_table()
+    assert f"| tiny imagenet, 5,000, limit 0.3 | onnx | 1 / 2 | {intervals} 6.0 / 7.0 / 8.0 / 9.0 |" in text
+    assert f"| tiny imagenet, 5,000, limit 0.3 | onnx | none: `int8_ptq` is within it | {intervals}  |" in text
+
+
 def test_nothing_is_written_where_the_picture_is_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     add_run(script, "gcvit_xxtiny", "A")
     markers = "".join(f"{getattr(script, name)}\n" for name in dir(script) if name.endswith(("BEGIN", "END")))
     readme = script.ROOT / "README.md"
     readme.write_text(markers)
-    for section in ("table", "arm_table", "accuracy_table", "qat_table"):  # their results are not there
+    for section in ("table", "arm_table", "accuracy_table", "qat_table", "auto_table"):  # their results are not there
         monkeypatch.setattr(script, section, str)
     with pytest.raises(SystemExit, match="no CPU that ran all of gcvit_xxtiny, gcvit_base"):
         script.main()

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,22 @@ from gcvit_edge.bundle.manifest import (
     golden_output,
     write_manifest,
 )
+from gcvit_edge.measurement.accuracy import Logits
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.report.card import model_card
-from gcvit_edge.targets.local import Session
 
 
 def pack(
     stage: Path,
     info: ModelInfo,
-    artifacts: list[Artifact],
+    artifacts: Mapping[Artifact, Logits],
     golden: NDArray[np.float32],
     report: dict[str, Any],
     recipe: RecipeCopy | None,
-    threads: int,
 ) -> None:
-    """Completes the folder `stage`, which holds `artifacts`; bundle.json comes last.
+    """Completes the folder `stage`, which holds the artifacts; bundle.json comes last.
 
-    golden: network inputs (N, C, H, W), which every artifact answers in its own runtime to make its golden output.
+    artifacts: each with its golden output, its own runtime's logits (N, classes) for `golden`, network inputs (N, C, H, W).
     """
     files: list[File] = []
     for artifact in artifacts:
@@ -47,9 +47,8 @@ def pack(
     (stage / GOLDEN_INPUT).parent.mkdir()
     np.save(stage / GOLDEN_INPUT, golden)
     files.append(describe_file(stage, stage / GOLDEN_INPUT, "golden"))
-    for artifact in artifacts:
-        with Session(artifact, threads) as session:
-            np.save(stage / golden_output(artifact), session.infer(golden, lambda: None))
+    for artifact, logits in artifacts.items():
+        np.save(stage / golden_output(artifact), logits)
         files.append(describe_file(stage, stage / golden_output(artifact), "golden", artifact))
     requirements = {artifact.backend: load_backend(artifact.backend).requirements(artifact.path) for artifact in artifacts}
     texts: list[tuple[str, Role, str]] = [

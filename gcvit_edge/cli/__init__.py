@@ -19,6 +19,7 @@ from rich.console import RenderableType
 import gcvit_edge.cli as _package
 from gcvit_edge.cli._output import Terminal, captured_noise, is_unwritable, unwritable_ends
 from gcvit_edge.errors import CheckFailed, LimitBroken, UserError
+from gcvit_edge.interruption import interrupted
 from gcvit_edge.registry import load_module, module_names
 
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hangup
@@ -107,16 +108,19 @@ def main(argv: list[str] | None = None) -> int:
             errors.print_exception()
             errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
             return 1
+        finally:
+            interrupted.clear()
 
 
 def _catch_endings() -> None:
     """Makes what ends a process an interruption, which cleans up; a hangup (a closed terminal, a lost SSH connection) unless ignored."""
-    for number in _ENDINGS:
+    for number in (signal.SIGINT, *_ENDINGS):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    interrupted.set()
     for ending in _ENDINGS:  # a closing terminal says it twice: the second must not end the cleaning up
         signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -40,6 +40,26 @@ def sqnr_db(logits: Logits, reference: Logits) -> float:
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
+def sqnr_interval(logits: Logits, reference: Logits) -> tuple[float, float]:
+    """95 % confidence interval in dB of `sqnr_db` on images like these; (N, classes) both, an image being one observation.
+
+    SQNR is the ratio of two sums over images. The variance of its logarithm is that of the images' shares of signal less their shares
+    of noise (Cochran, Sampling Techniques, 1977, section 6.4: linearization of a ratio). A single image tells nothing: the interval is
+    infinite, as it is where logits are not finite; where they are equal, both ends are infinity.
+    """
+    level = sqnr_db(logits, reference)
+    if level == math.inf:
+        return level, level
+    count = len(reference)
+    signal = np.square(reference.astype(np.float64)).sum(1)
+    noise = np.square(reference.astype(np.float64) - logits).sum(1)
+    if count < 2 or not math.isfinite(level) or not signal.any():
+        return -math.inf, math.inf
+    shares = signal / signal.mean() - noise / noise.mean()
+    spread = _Z95 * 10 / math.log(10) * math.sqrt(float(shares.var(ddof=1)) / count)
+    return level - spread, level + spread
+
+
 def finite_db(level: float) -> float:
     """An SQNR as JSON can hold it: 999 for infinity, -999 for minus infinity."""
     return float(np.clip(level, -EQUAL_DB, EQUAL_DB))
@@ -75,14 +95,16 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Accuracy:
     """top1, top5, agreement: fractions. drop_points, drop_ci95, worst_class_drop_points: percentage points, positive is worse.
-    sqnr_db: as `finite_db` has it."""
+    sqnr_db: as `finite_db` has it. *_ci95: 95 % intervals, in the same units."""
 
     top1: float
     top5: float
     drop_points: float
     drop_ci95: tuple[float, float]
     agreement: float
+    agreement_ci95: tuple[float, float]
     sqnr_db: float
+    sqnr_ci95: tuple[float, float]
     worst_class_drop_points: float
     worst_class: int
 
@@ -94,13 +116,17 @@ def compare(logits: Logits, reference: Logits, labels: Classes) -> Accuracy:
     classes = np.unique(labels)
     drops = [100 * float(before[labels == c].mean() - after[labels == c].mean()) for c in classes]
     worst = int(np.argmax(drops))
+    same = logits.argmax(1) == reference.argmax(1)
+    low, high = sqnr_interval(logits, reference)
     return Accuracy(
         top1=float(after.mean()),
         top5=float(hits(logits, labels, 5).mean()),
         drop_points=drop,
         drop_ci95=interval,
-        agreement=agreement(logits, reference),
+        agreement=float(same.mean()),
+        agreement_ci95=wilson_interval(int(same.sum()), len(same)),
         sqnr_db=finite_db(sqnr_db(logits, reference)),
+        sqnr_ci95=(finite_db(low), finite_db(high)),
         worst_class_drop_points=drops[worst],
         worst_class=int(classes[worst]),
     )

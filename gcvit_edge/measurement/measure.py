@@ -217,7 +217,9 @@ def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accu
         drop_points=against and against.drop_points,
         drop_ci95=against and against.drop_ci95,
         agreement=against and against.agreement,
+        agreement_ci95=against and against.agreement_ci95,
         sqnr_db=against and against.sqnr_db,
+        sqnr_ci95=against and against.sqnr_ci95,
     )
 
 

@@ -40,7 +40,9 @@ class Accuracy(_Part):
     drop_points: float | None = Field(default=None, description="of top-1, in percentage points; positive is worse")
     drop_ci95: tuple[float, float] | None = Field(default=None, description="for matched pairs")
     agreement: float | None = Field(default=None, description="fraction of images with the same top class")
+    agreement_ci95: tuple[float, float] | None = Field(default=None, description="Wilson's interval")
     sqnr_db: float | None = Field(default=None, description="of the logits of all images; 999 when equal")
+    sqnr_ci95: tuple[float, float] | None = Field(default=None, description="of a ratio of sums over images; 999 and -999 are infinite")
 
 
 class Result(_Part):

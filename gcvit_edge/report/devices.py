@@ -25,13 +25,18 @@ def benchmark_table(report: Report) -> Table:
 
 
 def accuracy_table(report: Report) -> Table:
-    """Accuracy, a line for each artifact on each device; against the float artifact only where there is one."""
+    """Accuracy of each artifact on each device, below it 95 % intervals; against the float artifact only where there is one.
+
+    Fits 80 columns on one way of running.
+    """
     found = [result.accuracy for run in report.runs for result in run.results if result.accuracy]
     compared = any(accuracy.drop_points is not None for accuracy in found)
     table = _table(report, f"{max((accuracy.images for accuracy in found), default=0)} images")
-    columns = ("drop, points (95 % interval)", "agreement", "SQNR") if compared else ()
-    for heading in ("top-1 (95 % interval)", "top-5", *columns, "parity"):
-        table.add_column(heading, justify="right")
+    table.caption = "drop in points, SQNR in dB; below them, 95 % intervals" if compared else "below it, its 95 % interval"
+    table.caption_justify = "left"
+    columns = ("drop", "agree", "SQNR") if compared else ()
+    for heading in ("top-1", "top-5", *columns, "parity"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in report.runs:
         for result in run.results:
             table.add_row(*_head(report, run, result), *_accuracy(result)[: 2 + len(columns)], _parity(result))
@@ -109,11 +114,16 @@ def _accuracy(result: Result) -> list[str]:
     if accuracy is None:
         return ["-"] * 5
     low, high = accuracy.top1_ci95
-    cells = [f"{accuracy.top1:.2%} ({low:.2%} to {high:.2%})", f"{accuracy.top5:.2%}"]
-    if accuracy.drop_points is None or accuracy.drop_ci95 is None:
+    cells = [f"{accuracy.top1:.2%}\n[dim]{100 * low:.2f} {100 * high:.2f}[/]", f"{accuracy.top5:.2%}"]
+    if accuracy.drop_points is None or accuracy.drop_ci95 is None or accuracy.agreement_ci95 is None or accuracy.sqnr_ci95 is None:
         return [*cells, "", "", ""]
-    low, high = accuracy.drop_ci95
-    return [*cells, f"{accuracy.drop_points:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy.agreement:.2%}", f"{accuracy.sqnr_db:.1f} dB"]
+    drop, same, noise = accuracy.drop_ci95, accuracy.agreement_ci95, accuracy.sqnr_ci95
+    return [
+        *cells,
+        f"{accuracy.drop_points:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
+        f"{accuracy.agreement:.2%}\n[dim]{100 * same[0]:.2f} {100 * same[1]:.2f}[/]",
+        f"{accuracy.sqnr_db:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
+    ]
 
 
 def _parity(result: Result) -> str:

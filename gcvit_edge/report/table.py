@@ -12,7 +12,8 @@ def results_table(report: dict[str, Any]) -> Table:
     machine = report["machine"]
     table = Table(
         title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
-        caption=f"drop in points with its 95 % interval; ms: median, batch 1, {machine['threads']} threads,\n{escape(machine['cpu'])}",
+        caption="drop in points, SQNR in dB; below them, 95 % intervals; ms: median, batch 1,\n"
+        f"{machine['threads']} threads, {escape(machine['cpu'])}",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,
@@ -23,13 +24,13 @@ def results_table(report: dict[str, Any]) -> Table:
     for heading in ("top-1", "drop", "agree", "SQNR", "MB", "ms", "faster"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in report["artifacts"]:
-        low, high = entry["drop_ci95"]
+        drop, same, noise = entry["drop_ci95"], entry["agreement_ci95"], entry["sqnr_ci95"]
         table.add_row(
-            entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}\noutside limits[/]",
+            entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}\nover limit[/]",
             f"{entry['top1']:.2%}",
-            f"{entry['drop_points']:+.2f}\n[dim]{low:+.2f} {high:+.2f}[/]",
-            f"{entry['agreement']:.2%}",
-            f"{entry['sqnr_db']:.1f}",
+            f"{entry['drop_points']:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
+            f"{entry['agreement']:.2%}\n[dim]{100 * same[0]:.1f} {100 * same[1]:.1f}[/]",
+            f"{entry['sqnr_db']:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
             f"{entry['size_bytes'] / 1e6:.1f}\n[dim]of {entry['float_size_bytes'] / 1e6:.1f}[/]",
             f"{entry['latency_ms']['p50']:.1f}\n[dim]of {entry['float_latency_ms']['p50']:.1f}[/]",
             f"{entry['speedup']:.2f}x",

@@ -32,7 +32,12 @@ def quick(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
         return [Made(Artifact("onnx", "float", path, (path,)), Artifact("onnx", "int8", path, (path,)))]
 
     monkeypatch.setattr("gcvit_edge.pipeline._make", make)
-    monkeypatch.setattr("gcvit_edge.pipeline._measure", lambda *_: json.loads((bundle.root / "report.json").read_text()))
+
+    def measure(job: Any, made: list[Made], *_: Any) -> tuple[Any, Any]:
+        golden = bundle.golden_logits(bundle.artifact("onnx"))
+        return json.loads((bundle.root / "report.json").read_text()), {made[0].int8: golden}
+
+    monkeypatch.setattr("gcvit_edge.pipeline._measure", measure)
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from commands import Command, gcvit
 
 from gcvit_edge.cli import Result, main
+from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import recipe_text
 
 VERBS = (
@@ -91,6 +93,24 @@ def test_the_second_signal_does_not_end_the_cleaning_up(command: Command, monkey
     monkeypatch.setattr("gcvit_edge.cli.recipes.run", interrupted)
     assert command("recipes", "list").code == 130
     assert cleaned == [True]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_a_library_swallows_ends_the_next_step(
+    ending: signal.Signals, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> Result:
+        with suppress(KeyboardInterrupt):  # as an `except:` would
+            signal.raise_signal(ending)
+        with Steps().step("next"):
+            return Result("done", ["done"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gcvit_edge.cli.recipes.run", run)
+        outcome = command("recipes", "list")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert "interrupted; nothing was written" in outcome.err
+    assert command("recipes", "list").code == 0
 
 
 def test_a_hangup_that_is_ignored_stays_so(command: Command) -> None:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.measurement.accuracy import agreement, check_baseline, compare, hits, images_to_judge, paired_drop, sqnr_db, wilson_interval
+from gcvit_edge.measurement.accuracy import (
+    agreement,
+    check_baseline,
+    compare,
+    hits,
+    images_to_judge,
+    paired_drop,
+    sqnr_db,
+    sqnr_interval,
+    wilson_interval,
+)
 
 LOGITS = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [1, 3, 0, 2]], np.float32)
 
@@ -73,6 +83,42 @@ def test_sqnr_of_broken_logits_meets_no_minimum() -> None:
     assert below, "logits that are not numbers must be below every minimum"
 
 
+def test_sqnr_interval_by_hand() -> None:
+    # signal 1 and 9 of two images, noise 0.1 and 0.1: shares 0.2 - 1 and 1.8 - 1, variance 1.28, standard error 0.8 in logarithms
+    reference = np.array([[1.0], [3.0]], np.float32)
+    low, high = sqnr_interval(reference + np.float32(math.sqrt(0.1)), reference)
+    level, spread = 10 * math.log10(10 / 0.2), 1.959964 * 0.8 * 10 / math.log(10)
+    assert (low, high) == pytest.approx((level - spread, level + spread), abs=1e-4)
+
+
+def test_sqnr_interval_where_noise_is_a_share_of_every_image_has_no_width() -> None:
+    reference = np.random.default_rng(0).standard_normal((50, 10))
+    low, high = sqnr_interval(1.01 * reference, reference)
+    assert low == pytest.approx(40.0)
+    assert high == pytest.approx(40.0)
+
+
+def test_sqnr_interval_covers_the_true_level_95_times_in_100() -> None:
+    generator, covered, count = np.random.default_rng(3), 0, 400
+    # some images are much noisier than others, and louder ones more: squares are 4 exp(0.5) of signal and 0.01 exp(1) of noise on average
+    for _ in range(1000):
+        loud = generator.normal(0, 0.5, (count, 1))
+        reference = 2 * np.exp(loud) * generator.standard_normal((count, 20))
+        noise = 0.1 * np.exp(loud + generator.normal(0, 0.5, (count, 1))) * generator.standard_normal((count, 20))
+        low, high = sqnr_interval(reference + noise, reference)
+        covered += low <= 10 * math.log10(4 / (0.01 * math.exp(0.5))) <= high
+    assert 0.92 <= covered / 1000 <= 0.97
+
+
+def test_sqnr_interval_where_there_is_none() -> None:
+    assert sqnr_interval(LOGITS, LOGITS) == (math.inf, math.inf)
+    assert sqnr_interval(LOGITS[:1] + 1, LOGITS[:1]) == (-math.inf, math.inf)
+    broken = LOGITS.copy()
+    broken[0, 0] = np.nan
+    assert sqnr_interval(broken, LOGITS) == (-math.inf, math.inf)
+    assert sqnr_interval(np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)) == (-math.inf, math.inf)
+
+
 def test_paired_drop_by_hand() -> None:
     # 98 pairs, 4 lost, 1 won. With half a pair in each cell: n 100, difference 3 / 100,
     # standard error sqrt(5 + 1 - 3^2 / 100) / 100 = 0.0243105, times 1.959964 = 0.0476477
@@ -121,7 +167,9 @@ def test_compare() -> None:
     assert accuracy.drop_points == pytest.approx(100 / 8)  # lost images 3 and 6, won 5
     assert accuracy.drop_ci95 == paired_drop(hits(reference, labels, 1), hits(logits, labels, 1))[1]
     assert accuracy.agreement == pytest.approx(5 / 8)
+    assert accuracy.agreement_ci95 == wilson_interval(5, 8)
     assert accuracy.sqnr_db == pytest.approx(10 * math.log10(8 / 6))
+    assert accuracy.sqnr_ci95 == sqnr_interval(logits, reference)
     assert accuracy.worst_class == 2
     assert accuracy.worst_class_drop_points == pytest.approx(50.0)
 
@@ -130,7 +178,9 @@ def test_compare() -> None:
 def test_sqnr_of_a_comparison_is_finite(value: float, expected: float) -> None:
     logits = LOGITS.copy()
     logits[0, 0] = value  # 3: as it was
-    assert compare(logits, LOGITS, np.array([0, 3, 1])).sqnr_db == expected
+    accuracy = compare(logits, LOGITS, np.array([0, 3, 1]))
+    assert accuracy.sqnr_db == expected
+    assert accuracy.sqnr_ci95 == ((999, 999) if expected == 999 else (-999, 999))
 
 
 def test_worst_class_is_the_class_itself_when_classes_are_missing() -> None:

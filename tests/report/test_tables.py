@@ -8,12 +8,13 @@ from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.measurement.result import Accuracy, Report, Result, Run
 from gcvit_edge.report.analysis import analysis_tables
 from gcvit_edge.report.devices import accuracy_table, benchmark_table
+from gcvit_edge.report.table import results_table
 
 NAMES = ("pi [lab]", "pi[/dev/ttyUSB0]", "[red]")
 
 
-def shown(renderable: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=200, emoji=False)
+def shown(renderable: RenderableType, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, emoji=False)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
@@ -23,7 +24,10 @@ def report(*precisions: str, compared: bool) -> Report:
     """Of devices with the NAMES, each of which failed in the end. compared: with a float artifact."""
 
     def result(precision: str) -> Result:
-        of_drop = {"drop_points": 0.5, "drop_ci95": (0.1, 0.9), "agreement": 0.99, "sqnr_db": 30.0}
+        of_drop = {
+            "drop_points": 0.5, "drop_ci95": (0.1, 0.9), "agreement": 0.99, "agreement_ci95": (0.98, 0.995), "sqnr_db": 30.0,
+            "sqnr_ci95": (29, 31),
+        }  # fmt: skip
         accuracy = Accuracy(images=40, top1=0.9, top1_ci95=(0.8, 0.95), top5=1, **(of_drop if compared and precision != "float" else {}))
         return Result(
             backend="onnx", precision=precision, execution="cpu", runtime="r", runtime_version="1", threads=1, files={"m": 1000},
@@ -60,11 +64,36 @@ def test_class_names_are_shown_as_they_are() -> None:
     assert all(name in shown(tables[1]) for name in names)
 
 
+ARTIFACT = {
+    "backend": "executorch", "within_limits": False, "top1": 0.9, "drop_points": -0.25, "drop_ci95": (-1.11, 1.11), "agreement": 1,
+    "agreement_ci95": (0.99, 1), "sqnr_db": 38.7, "sqnr_ci95": (38.1, 39.3), "size_bytes": 103.7e6, "float_size_bytes": 408.4e6,
+    "latency_ms": {"p50": 163.8}, "float_latency_ms": {"p50": 207.8}, "speedup": 3.24,
+}  # fmt: skip
+
+
+def test_the_table_of_quantize_fits_80_columns_with_every_interval() -> None:
+    text = shown(
+        results_table({
+            "model": "gcvit_base", "recipe": "int8_ptq_full", "images": 50_000, "float": {"top1": 0.9}, "artifacts": [ARTIFACT],
+            "machine": {"threads": 16, "cpu": "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz"},
+        }),
+        80,
+    )  # fmt: skip
+    for whole in ("-1.11 +1.11", "99.0 100.0", "±0.6", "of 408.4", "of 207.8", "3.24x", "over limit"):
+        assert whole in text
+
+
+def test_the_table_of_evaluate_fits_80_columns() -> None:
+    text = shown(accuracy_table(report("int8", compared=True)), 80)
+    for whole in ("80.00 95.00", "+0.10 +0.90", "98.00 99.50", "±1.0", "90 dB"):
+        assert text.count(whole) == len(NAMES)
+
+
 def test_columns_of_a_comparison_are_shown_where_there_is_one() -> None:
-    headings = ("drop, points", "agreement", "SQNR")
+    headings = ("drop", "agree", "SQNR")
     with_float, alone = shown(accuracy_table(report("float", "int8", compared=True))), shown(accuracy_table(report("int8", compared=False)))
     assert all(heading in with_float and heading not in alone for heading in headings)
-    assert "30.0 dB" in with_float
+    assert "+0.10 +0.90  98.00 99.50  ±1.0" in with_float
     for text in (with_float, alone):
-        assert "90.00% (80.00% to 95.00%)" in text
+        assert "80.00 95.00" in text
         assert "90 dB" in text
