@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gcvit_edge.backends import Runner
+from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.targets._worker import serve
 
 
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     file, number, cpus = sys.argv[1:]
     if cpus:
         os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-    serve("openvino", lambda: load(Path(file), int(number)))
+    serve(load_backend("openvino").import_runtime, lambda: load(Path(file), int(number)))

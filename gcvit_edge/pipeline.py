@@ -1,6 +1,5 @@
 """The main job: checkpoint -> deploy form -> float and INT8 artifact of each backend -> measured -> bundle."""
 
-import gc
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -174,7 +173,6 @@ def _make(job: Job, calibrated: "Calibrated", work: Path, stage: Path, steps: St
         for name in job.backends:
             with steps.step(f"{name}: export {job.recipe.precision}"):
                 quantized.append(lower_quantized(name, calibrated, job.info, job.recipe, stage))
-            gc.collect()
         return [Made(*each) for each in zip(_wait(beside, steps), quantized, strict=True)]
 
 
@@ -186,7 +184,6 @@ def _wait(beside: FloatArtifacts, steps: Steps) -> list[Artifact]:
 def _search(job: Job, float_artifact: Artifact, calibrated: "Calibrated", held_out: HeldOut, work: Path, stage: Path, steps: Steps) -> Made:
     name = float_artifact.backend
     artifact, report = search(name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, work, job.threads, steps)
-    gc.collect()
     return Made(float_artifact, artifact, report)
 
 

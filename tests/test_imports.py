@@ -80,6 +80,25 @@ def test_backends_import_nothing_heavy(name: str) -> None:
     assert loaded(f"import gcvit_edge.backends.{name}") == set()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_runs_artifacts_loads_nothing_that_makes_them(name: str) -> None:
+    exporters = {"executorch.exir", "torch._dynamo", "torch._inductor", "torch.onnx", "onnx", "onnxscript", "nncf"}
+    script = (
+        f"import sys\nfrom gcvit_edge.backends import load_backend, package_version\n"
+        f"package_version(load_backend({name!r}).import_runtime())\nprint(sorted({exporters!r} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout == "[]\n"
+
+
+def test_executorch_can_export_after_its_runtime_was_imported() -> None:
+    script = (
+        "from gcvit_edge.backends import load_backend\nload_backend('executorch').import_runtime()\n"
+        "import executorch.exir, executorch.exir._warnings\nfrom executorch.exir import to_edge_transform_and_lower\n"
+        "from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner\nprint('imported')"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120).stdout == "imported\n"
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_modules_without_torch(name: str) -> None:
     assert not {module.split(".")[0] for module in at_import(PACKAGE / f"{name}.py")} & RUNTIMES

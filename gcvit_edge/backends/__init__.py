@@ -43,9 +43,6 @@ class Backend(Protocol):
     ARTIFACT: str
     """Path of the main file in a bundle, with `{precision}`."""
 
-    RUNTIME: str
-    """Module that runs artifacts; imported before loading is timed."""
-
     PACKAGES: tuple[str, ...]
     """Distributions whose versions decide what the artifact is."""
 
@@ -63,6 +60,10 @@ class Backend(Protocol):
 
     def save(self, graph: Any, path: Path, info: "ModelInfo") -> list[Path]:
         """Writes a graph, with labels and preprocessing where the format has a place for them; returns the files made."""
+        ...
+
+    def import_runtime(self) -> str:
+        """Imports what runs artifacts, and nothing that makes them, before loading is timed; gives the name of its distribution."""
         ...
 
     def load(self, path: Path, threads: int) -> Runner:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8"})
 ARTIFACT = "model.{precision}.pte"
-RUNTIME = "executorch.runtime"
 PACKAGES = ("executorch", "torch", "torchao")
 
 
@@ -94,8 +93,17 @@ def _partitioner_configs() -> "list[type[XNNPartitionerConfig]]":
     return [IntegerBMMConfig if config is BMMConfig else config for config in ALL_PARTITIONER_CONFIGS]
 
 
+def import_runtime() -> str:
+    from gcvit_edge.backends._executorch_runtime import without_exporter
+
+    with without_exporter():
+        import executorch.runtime
+    return executorch.__name__
+
+
 def load(path: Path, threads: int) -> "Runner":
     """Loads a .pte into the Python runtime. The XNNPACK thread pool belongs to the process: the last call sets it."""
+    import_runtime()
     import torch
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime

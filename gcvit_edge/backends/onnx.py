@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8", "int4", "fp16", "bf16"})
 ARTIFACT = "model.{precision}.onnx"
-RUNTIME = "onnxruntime"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")
 
 OPSET = 23  # the first with Attention and RMSNormalization
@@ -91,6 +90,12 @@ def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:
     onnx.helper.set_model_props(graph, properties)
     onnx.save(graph, path)
     return [path]
+
+
+def import_runtime() -> str:
+    import onnxruntime
+
+    return onnxruntime.__name__
 
 
 def load(path: Path, threads: int) -> "Runner":

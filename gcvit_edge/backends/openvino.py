@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16", "bf16"})
 ARTIFACT = "openvino/model.{precision}.xml"
-RUNTIME = "openvino"
 PACKAGES = ("openvino", "torch")
 
 
@@ -136,6 +135,12 @@ def _name_nodes(graph: "Model", name: str) -> None:
     for index, node in enumerate(graph.get_ordered_ops()):
         if re.fullmatch(r"[A-Za-z]+_\d+", node.get_friendly_name()):
             node.set_friendly_name(f"{node.get_type_name()}_{index}")
+
+
+def import_runtime() -> str:
+    import openvino
+
+    return openvino.__name__
 
 
 def load(path: Path, threads: int) -> "Runner":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gcvit_edge.backends import Runner
+from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.targets._worker import serve
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def main() -> None:
 
             torch.set_num_threads(threads)
             torch.zeros(1, device=device)  # makes CUDA's context, which belongs to the runtime
-            serve("torch", lambda: load_pytorch(path, device, steps))
+            serve(lambda: "torch", lambda: load_pytorch(path, device, steps))
         case "onnx":
-            serve("onnxruntime", lambda: load_onnx(path, device, threads))
+            serve(load_backend(backend).import_runtime, lambda: load_onnx(path, device, threads))
         case "openvino":
-            serve("openvino", lambda: load_openvino(path, device))
+            serve(load_backend(backend).import_runtime, lambda: load_openvino(path, device))
         case _:
             raise ValueError(f"no GPU runtime for {backend}")
 

@@ -153,7 +153,7 @@ class ProcessSession(Session):
     def _put(self, images: "NDArray[np.float32]") -> str:
         """The file of these images on the device, sent unless they are the ones sent last."""
         if images is not self._sent:
-            self._folder.put(_INPUT, images.astype("<f4").tobytes())
+            self._folder.put(_INPUT, images.astype("<f4", copy=False).tobytes())
             self._sent = images
         return self._folder.path(_INPUT)
 

@@ -4,7 +4,6 @@ Its protocol is that of `_process.py`. The CPUs are those that it is pinned to. 
 it started; whatever the runtime prints goes to standard error.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -24,23 +23,22 @@ def main() -> None:
     if len(sys.argv) > 4:  # before the runtime is imported: it counts the CPUs that it may use then
         os.sched_setaffinity(0, {int(cpu) for cpu in sys.argv[4].split(",")})
     backend = load_backend(name)
-    serve(backend.RUNTIME, lambda: backend.load(path, threads))
+    serve(backend.import_runtime, lambda: backend.load(path, threads))
 
 
-def serve(module: str, load: Callable[[], Runner]) -> None:
-    """Imports the runtime's `module`, loads an artifact, and does what the lines of standard input say."""
+def serve(import_runtime: Callable[[], str], load: Callable[[], Runner]) -> None:
+    """Imports the runtime, which gives its name, loads an artifact, and does what the lines of standard input say."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    importlib.import_module(module)
+    runtime = import_runtime()
     before = peak_rss_mb()
     start = time.perf_counter()
     run = load()
     load_ms = 1000 * (time.perf_counter() - start)
-    runtime = module.partition(".")[0]
     answer({"load_ms": load_ms, "runtime_rss_mb": before, "runtime": runtime, "runtime_version": package_version(runtime)})
 
     energy = Rapl()
