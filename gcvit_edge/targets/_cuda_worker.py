@@ -6,7 +6,7 @@ from and to the memory of the host: both copies are in it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +16,7 @@ from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.targets._worker import serve
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-_MIN_ROWS = 17  # of a matrix that cuBLAS multiplies in INT8; the sides of the weights must be multiples of 8
-_WARM_UP = 3  # before capture, on another stream: PyTorch documentation, "CUDA semantics", CUDA Graphs
+    import torch
 
 
 def main() -> None:
@@ -44,22 +41,11 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
     import torch
 
     from gcvit_edge import load_model
+    from gcvit_edge.targets._pytorch_ways import prepare
 
-    tf32 = "tf32" in steps
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32  # on by default
-    dtype = torch.float16 if "float16" in steps else torch.bfloat16 if "bfloat16" in steps else torch.float32
+    dtype = compute_in(steps)
     model = load_model(path)[0].to(device, dtype)
-    example = torch.zeros(1, model.config.in_chans, *model.config.img_size, device=device, dtype=dtype)
-    with torch.no_grad():
-        if "torchao" in steps:
-            quantize_linears(model, example)
-        forward: Callable[[Tensor], Tensor] = model
-        if "compiled" in steps:
-            forward = torch.compile(model)
-            forward(example)  # compiles it now: what cannot be compiled is not loaded, and does not fail among others that are timed
-        if "CUDA graphs" in steps:
-            forward = capture(forward, example)
+    forward = prepare(model, steps, torch.zeros(1, model.config.in_chans, *model.config.img_size, device=device, dtype=dtype))
 
     @torch.no_grad()
     def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -68,47 +54,14 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
     return run
 
 
-def quantize_linears(model: "nn.Module", example: "Tensor") -> int:
-    """torchao's INT8, weights per channel and activations dynamic per token, of all linears that cuBLAS can run; returns how many."""
-    from torch import nn
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    rows: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, inputs: "tuple[Tensor, ...]") -> None:
-        rows[module] = inputs[0].numel() // inputs[0].shape[-1]
-
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(count) for module in linears]
-    model(example)
-    for hook in hooks:
-        hook.remove()
-
-    fits = {m for m in linears if rows.get(m, 0) >= _MIN_ROWS and m.in_features % 8 == m.out_features % 8 == 0}
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, _: module in fits)
-    return len(fits)
-
-
-def capture(forward: "Callable[[Tensor], Tensor]", example: "Tensor") -> "Callable[[Tensor], Tensor]":
-    """`forward` as a CUDA graph for inputs like `example`, replayed on what is copied there."""
+def compute_in(steps: Sequence[str]) -> "torch.dtype":
+    """The type of weights and activations that `steps` ask for; lets products of float32 be TF32 only where they do."""
     import torch
 
-    inputs, stream = example.clone(), torch.cuda.Stream(example.device)
-    stream.wait_stream(torch.cuda.current_stream(example.device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            forward(inputs)
-    torch.cuda.current_stream(example.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(example.device), torch.cuda.graph(graph):
-        outputs = forward(inputs)
-
-    def replay(images: "Tensor") -> "Tensor":
-        inputs.copy_(images)
-        graph.replay()
-        return outputs
-
-    return replay
+    tf32 = "tf32" in steps
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # on by default
+    return torch.float16 if "float16" in steps else torch.bfloat16 if "bfloat16" in steps else torch.float32
 
 
 def load_onnx(path: str, device: str, threads: int) -> Runner:

@@ -23,24 +23,29 @@ HELP = ("NVIDIA GPU, cuda:1 for the second; runs PyTorch with --weights, onnx wh
 ADDRESS = "optional"
 MEASURES_TIME = True
 
-_ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
-_WAYS = {
+ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
+WAYS = {
     "eager": "eager",
     "compiled": "compiled",
     "graphs": "CUDA graphs",
     "compiled-graphs": "compiled, CUDA graphs",
     "int8": "torchao, compiled, CUDA graphs",
+    "fp8": "FP8, compiled, CUDA graphs",
 }
+SHORT: "dict[str, Arithmetic]" = {"int8": "int8", "fp8": "float8"}  # ways whose linears are shorter than the rest
+_FLOAT8_CAPABILITY = (8, 9)  # Ada, Hopper
 
 
 @dataclass(frozen=True)
 class Options:
-    """weights: of the bundle's network; the bundle itself has no checkpoint. INT8 is torchao's, with the rest in `arithmetic`."""
+    """weights: of the bundle's network; the bundle itself has no checkpoint. INT8 (torchao's) and FP8 are of linears, the rest is in
+    `arithmetic`."""
 
     weights: Path | None = field(default=None, metadata={"help": "checkpoint that the bundle was made of, for PyTorch"})
-    arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(_ARITHMETIC)} (float32)"})
+    arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(ARITHMETIC)} (float32)"})
     ways: str = field(
-        default="", metadata={"help": f"to run PyTorch, some of {','.join(_WAYS)} (all; int8, which is torchao's, where that is installed)"}
+        default="",
+        metadata={"help": f"to run PyTorch, some of {','.join(WAYS)} (all that can run; int8 is torchao's)"},
     )
 
 
@@ -67,15 +72,14 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     """The ways of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
     from gcvit_edge.artifact import Artifact
 
-    if options.arithmetic not in _ARITHMETIC:
-        raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
-    possible = _possible_ways()
-    ways = options.ways.replace(" ", "").split(",") if options.ways else possible
+    if options.arithmetic not in ARITHMETIC:
+        raise unknown_name("arithmetic", options.arithmetic, ARITHMETIC)
+    ways = options.ways.replace(" ", "").split(",") if options.ways else [way for way in WAYS if _lacks(way) is None]
     for way in ways:
-        if way not in _WAYS:
-            raise unknown_name("way to run PyTorch", way, _WAYS)
-        if way not in possible:
-            raise UserError(f"way {way} needs the package torchao, which is not installed; install it, or leave {way} out of --ways")
+        if way not in WAYS:
+            raise unknown_name("way to run PyTorch", way, WAYS)
+        if lack := _lacks(way):
+            raise UserError(f"way {way} needs {lack}, or leave {way} out of --ways")
     if options.weights is None:
         return []
     weights = options.weights.resolve()
@@ -84,17 +88,22 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     golden = next((artifact for artifact in artifacts if artifact.precision == "float"), artifacts[0])
     network, quantized = (Artifact("pytorch", precision, weights, (weights,)) for precision in ("float", "int8"))
     name = options.arithmetic
-    return [
-        Case(quantized, f"{_WAYS[way]}, {name}", "int8", golden)
-        if way == "int8"
-        else Case(network, f"{_WAYS[way]}, {name}", _ARITHMETIC[name], golden)
-        for way in ways
-    ]
+    return [Case(quantized if way == "int8" else network, f"{WAYS[way]}, {name}", SHORT.get(way, ARITHMETIC[name]), golden) for way in ways]
 
 
-def _possible_ways() -> list[str]:
-    """Without INT8 where torchao is not installed: it comes with this package, but not with a PyTorch that was there before."""
-    return [way for way in _WAYS if way != "int8" or find_spec("torchao")]
+def _lacks(way: str) -> str | None:
+    """What a way needs that is not here, in words; torchao comes with this package, but not with a PyTorch that was there before."""
+    if way == "int8" and not find_spec("torchao"):
+        return "the package torchao, which is not installed; install it"
+    if way == "fp8" and not _multiplies_float8():
+        return "a GPU of compute capability 8.9 or later (Ada, Hopper); measure on one"
+    return None
+
+
+def _multiplies_float8() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLOAT8_CAPABILITY
 
 
 def _artifact_cases(artifacts: "Sequence[Artifact]", runtimes: dict[str, str]) -> list[Case]:
@@ -157,5 +166,5 @@ class Gpu(Connection):
         except CheckFailed as error:
             if artifact.backend != "pytorch":
                 raise
-            way = {steps: way for way, steps in _WAYS.items()}.get(case.execution.rpartition(", ")[0])
+            way = {steps: way for way, steps in WAYS.items()}.get(case.execution.rpartition(", ")[0])
             raise CheckFailed(f"{str(error).rstrip()}\nto do without it, give --ways without {way}") from error

@@ -26,7 +26,8 @@ from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.progress import Steps
 from gcvit_edge.targets import Case, cuda
-from gcvit_edge.targets._cuda_worker import load_onnx, quantize_linears
+from gcvit_edge.targets._cuda_worker import load_onnx
+from gcvit_edge.targets._pytorch_ways import Float8Linear, float8_linears, float8_rows, int8_linears
 
 without_gpu = pytest.mark.skipif(cuda.missing("") is None, reason="this machine has a GPU")
 
@@ -83,6 +84,18 @@ def test_ways_that_are_chosen(bundle: Bundle, weights: Path) -> None:
     assert [case.execution for case in found] == ["compiled, CUDA graphs, float32", "eager, float32"]
     with pytest.raises(UserError, match="unknown way to run PyTorch 'graph'; did you mean 'graphs'"):
         cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="eager,graph"))
+
+
+def test_fp8_is_a_way_where_the_gpu_has_it(bundle: Bundle, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    case = cases(bundle, weights, "bfloat16")[-1]
+    assert case.name == "pytorch.float (FP8, compiled, CUDA graphs, bfloat16)"
+    assert case.check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 20
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert "FP8" not in cases(bundle, weights, "bfloat16")[-1].name
+    with pytest.raises(UserError, match=r"way fp8 needs a GPU of compute capability 8\.9 or later \(Ada, Hopper\); .* leave fp8 out"):
+        cuda._pytorch_cases(bundle.artifacts, cuda.Options(weights, ways="fp8"))
 
 
 @pytest.fixture
@@ -173,10 +186,48 @@ def test_linears_that_cublas_cannot_run_stay_in_float(weights: Path) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     before = {name: type(model.get_submodule(name).weight) for name in names}
     with torch.no_grad():
-        count = quantize_linears(model, torch.zeros(1, 3, 64, 64))
+        count = int8_linears(model, torch.zeros(1, 3, 64, 64))
     changed = [name for name in names if type(model.get_submodule(name).weight) is not before[name]]
     assert 0 < len(changed) == count < len(names)
     assert "head.fc" not in changed
+    assert any(name.endswith("qkv") for name in changed)
+
+
+def test_fp8(bundle: Bundle, weights: Path) -> None:
+    case = replace(cases(bundle, weights, "bfloat16")[0], execution="FP8, eager, bfloat16", arithmetic="float8")
+    with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
+        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+    assert parity.passed
+    assert parity.sqnr_db < 40  # three bits of mantissa
+
+
+def test_rows_in_fp8() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [3e4, 1.0, -3e4]])
+    rows, scale = float8_rows(x)
+    assert rows.dtype == torch.float8_e4m3fn
+    assert scale.shape == (3, 1)
+    assert rows.float().abs().amax(1).tolist() == [448, 0, 448]
+    torch.testing.assert_close(rows.float() * scale, x, rtol=2**-4, atol=2**-10 * 3e4 / 448)
+
+
+def test_a_linear_in_fp8_is_the_product_of_what_is_rounded() -> None:
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(32, 48), torch.randn(2, 5, 32)
+    (rows, scale), (weight, by_row) = float8_rows(x.reshape(-1, 32)), float8_rows(linear.weight.detach())
+    wanted = (rows.float() * scale) @ (weight.float() * by_row).t() + linear.bias
+    with torch.no_grad():
+        out = Float8Linear(linear)(x)
+    assert out.shape == (2, 5, 48)
+    torch.testing.assert_close(out.reshape(-1, 48), wanted, rtol=2**-7, atol=2**-7)  # bfloat16 inside
+
+
+def test_linears_that_cublas_cannot_multiply_in_fp8_stay(weights: Path) -> None:
+    model = load_model(str(weights))[0]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    count = float8_linears(model)
+    changed = [name for name in names if isinstance(model.get_submodule(name), Float8Linear)]
+    assert 0 < len(changed) == count < len(names)
+    assert "head.fc" not in changed  # 8 classes
     assert any(name.endswith("qkv") for name in changed)
 
 

@@ -1,0 +1,113 @@
+"""GC ViT in PyTorch on an NVIDIA GPU: float forms, INT8 and FP8, by batch.
+
+    python benchmarks/cuda.py [--models gcvit_xxtiny ...] [--batches 1 32 256] [--ways NAME ...] [--device cuda:0] [--json FILE]
+
+A way is what `gcvit-edge benchmark --target cuda` calls one, in an arithmetic: `float32 eager`, `bfloat16 compiled-graphs`, `bfloat16 fp8`.
+Every configuration is a process of its own, since compiling takes minutes, and its line is printed as soon as it is known; what --json has
+already of this GPU and this PyTorch is not measured again, so a run that was cut off goes on. Weights are random: speed does not depend
+on them. Images are on the GPU already. Answers are compared with those of the same network in float32, and are a failure below the floor
+of their arithmetic.
+
+PyTorch need not be the pinned version; INT8 needs torchao, FP8 a GPU of compute capability 8.9.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gcvit_edge.errors import unknown_name
+
+MODELS = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
+WAYS = (
+    *(f"{dtype} {way}" for dtype in ("float32", "float16", "bfloat16") for way in ("eager", "compiled-graphs")),
+    *(f"bfloat16 {way}" for way in ("graphs", "int8", "fp8")),
+)
+BASE = "bfloat16 compiled-graphs"  # what INT8 and FP8 are to beat
+KEYS = ("device", "torch", "model", "batch", "way")
+
+
+def measure(model: str, batch: int, way: str, device: str) -> dict[str, Any]:
+    """The entry of one configuration, from a process of its own; it has "error" where that fails."""
+    command = [sys.executable, str(Path(__file__).with_name("_cuda_case.py")), model, str(batch), way, device]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode != 0:
+        return {"error": (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def line(entry: dict[str, Any]) -> str:
+    """What is printed of an entry as soon as it is known."""
+    head = f"{entry['model']}, batch {entry['batch']}, {entry['way']}: "
+    if "error" in entry:
+        return head + f"failed: {entry['error']}"
+    return head + (
+        f"{entry['p50_ms']:.3f} ms ({entry['min_ms']:.3f} at least), {entry['images_per_s']:.0f} images/s, {entry['sqnr_db']:.1f} dB, "
+        f"{entry['peak_memory_mb']} MB, ready in {entry['ready_s']:.0f} s" + ("" if entry["passed"] else "; WRONG ANSWER")
+    )
+
+
+def show(entries: list[dict[str, Any]]) -> Table:
+    """The table: a line for each model and way, a column for each batch, each with its ratio to `BASE`."""
+    batches = sorted({each["batch"] for each in entries})
+    first = entries[0]
+    table = Table("model", "way", title=f"{first['device']}, PyTorch {first['torch']}: ms, and how many times as fast as {BASE}")
+    for batch in batches:
+        table.add_column(f"batch {batch}", justify="right")
+    known = {(each["model"], each["way"], each["batch"]): each for each in entries if "error" not in each}
+    for model, way in dict.fromkeys((each["model"], each["way"]) for each in entries):
+        cells = []
+        for batch in batches:
+            each, base = known.get((model, way, batch)), known.get((model, BASE, batch))
+            ratio = f", {base['p50_ms'] / each['p50_ms']:.2f}x" if each and base else ""
+            cells.append(f"{each['p50_ms']:.3f}{ratio}" if each else "-")
+        table.add_row(model, way, *cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 32, 256))
+    parser.add_argument("--ways", nargs="+", default=WAYS, help=f"of {', '.join(map(repr, WAYS))}")
+    parser.add_argument("--device", default="cuda:0", help="as PyTorch calls it; on cpu all but CUDA graphs runs, which is for tests")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    for way in arguments.ways:
+        if way not in WAYS:
+            raise SystemExit(f"--ways: {unknown_name('way', way, WAYS)}")
+    place = measured_on(arguments.device)
+    entries = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    done = {tuple(each[key] for key in KEYS) for each in entries if "error" not in each}
+    for model, batch, way in product(arguments.models, arguments.batches, arguments.ways):
+        what = place | {"model": model, "batch": batch, "way": way}
+        if tuple(what[key] for key in KEYS) in done:
+            continue
+        entries = [each for each in entries if any(each[key] != what[key] for key in KEYS)]  # one that failed before
+        entries.append(what | measure(model, batch, way, arguments.device))
+        print(line(entries[-1]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+    here = [each for each in entries if all(each[key] == value for key, value in place.items())]
+    Console(width=140).print(show(here))
+    if any("error" in each or not each["passed"] for each in here):
+        raise SystemExit(1)
+
+
+def measured_on(device: str) -> dict[str, str]:
+    """The GPU and the version of PyTorch."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"PyTorch {torch.__version__} finds no GPU; see `gcvit-edge doctor`")
+    return {"device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu", "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The benchmark of GPUs, on the CPU: what can run there is measured and checked, what cannot is named, and a run goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
+EAGER, GRAPHS = "bfloat16 eager", "bfloat16 graphs"
+
+
+@pytest.fixture
+def benchmark() -> Path:
+    if not FILE.is_file():
+        pytest.skip("a source distribution has no benchmarks")
+    return FILE
+
+
+def run(benchmark: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, benchmark, "--device", "cpu", "--models", "gcvit_xxtiny", "--batches", "2", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cpu(benchmark: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cpu.json"
+    ran = run(benchmark, "--ways", EAGER, GRAPHS, "--json", file)
+    assert ran.returncode == 1, ran.stderr
+    measured, failed = json.loads(file.read_text())
+    assert (measured["way"], measured["batch"], measured["device"], measured["passed"]) == (EAGER, 2, "cpu", True)
+    assert measured["sqnr_db"] > 25
+    assert measured["images_per_s"] == pytest.approx(2000 / measured["p50_ms"], rel=0.01)
+    assert failed["way"] == GRAPHS
+    assert f"gcvit_xxtiny, batch 2, {GRAPHS}: failed: {failed['error']}" in ran.stdout
+    again = run(benchmark, "--ways", EAGER, "--json", file)
+    assert f"batch 2, {EAGER}" not in again.stdout
+    assert json.loads(file.read_text()) == [measured, failed]
+
+
+def test_refusals(benchmark: Path) -> None:
+    ran = run(benchmark, "--ways", "bfloat16 eagre")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "--ways: unknown way 'bfloat16 eagre'; did you mean 'bfloat16 eager'?" in ran.stderr
