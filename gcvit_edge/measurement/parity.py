@@ -12,9 +12,8 @@ from gcvit_edge.measurement.accuracy import EQUAL_DB, finite_db, sqnr_db
 
 # Float artifacts reproduce their golden logits on any machine; INT8 ones differ between instruction sets, by some 36 dB
 # (AVX2, AVX-512, NEON: each rounds and saturates elsewhere), while a wrong kernel is below 5 dB. The short floats were
-# measured on the sample network on a CPU, TF32 by rounding the factors of every product: 63, 61 and 39 dB, and
-# with linears in FP8 30.
-# What has short weights alone is computed in float.
+# measured on the sample network on a CPU, TF32 by rounding the factors of every product: 63, 61 and 39 dB; linears in FP8
+# give 30. What has short weights alone is computed in float.
 Arithmetic = Literal["float", "tf32", "float16", "bfloat16", "float8"] | Precision
 MIN_SQNR_DB: dict[Arithmetic, float] = {
     "float": 80.0, "fp16": 80.0, "bf16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "float8": 20.0,
