@@ -66,7 +66,7 @@ def test_tables_of_accuracy_have_intervals(script: ModuleType) -> None:
         "backend": "onnx", "images": 5000, "top1": 0.4, "drop_points": 0.04, "drop_ci95": [-0.09, 0.17], "agreement": 0.9936,
         "agreement_ci95": [0.991, 0.9955], "sqnr_db": 39.9, "sqnr_ci95": [39.8, 40.0], "size_bytes": 12e6,
     }  # fmt: skip
-    intervals = "+0.04 (-0.09 to +0.17) | 99.36% (99.10 to 99.55) | 39.9 ± 0.1 |"
+    intervals = "+0.04 (-0.09 to +0.17) | 99.36% (99.10 to 99.55) | 39.9 ± 0.10 |"
     (script.ROOT / "results" / "accuracy").mkdir()
     rows = [measured | {"row": name, "cross": None} for name in ("stock INT8", "int8_ptq, no smoothing")]
     (script.ROOT / "results" / "accuracy" / "a.json").write_text(json.dumps(rows))
