@@ -10,7 +10,8 @@ import gc
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         OSError: who reads the output has gone, or a disk is full; the entry point makes exit codes of them.
     """
     arguments = build_parser().parse_args(argv)
-    _catch_endings()
-    with captured_noise() as streams:
+    with _caught_endings(), captured_noise() as streams:
         errors = Terminal(file=streams.err, stderr=True, emoji=False)
         try:
             result: Result | None = arguments.run(arguments, errors)
@@ -109,15 +109,23 @@ def main(argv: list[str] | None = None) -> int:
             errors.print_exception()
             errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
             return 1
-        finally:
-            interrupted.clear()
 
 
-def _catch_endings() -> None:
-    """Makes what ends a process an interruption, which cleans up; a hangup (a closed terminal, a lost SSH connection) unless ignored."""
+@contextmanager
+def _caught_endings() -> Iterator[None]:
+    """Makes what ends a process an interruption, which cleans up; a hangup (a closed terminal, a lost SSH connection) unless ignored.
+
+    Afterwards Ctrl-C is what it was; the others are not, since a second one may come while the process ends.
+    """
+    before = signal.getsignal(signal.SIGINT)
     for number in (signal.SIGINT, *_ENDINGS):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        interrupted.clear()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

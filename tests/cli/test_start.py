@@ -12,6 +12,7 @@ import pytest
 from commands import Command, gcvit
 
 from gcvit_edge.cli import Result, main
+from gcvit_edge.interruption import interrupted
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import recipe_text
 
@@ -110,6 +111,8 @@ def test_a_signal_that_a_library_swallows_ends_the_next_step(
         outcome = command("recipes", "list")
     assert (outcome.code, outcome.out) == (130, "")
     assert "interrupted; nothing was written" in outcome.err
+    assert not interrupted.is_set()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert command("recipes", "list").code == 0
 
 
