@@ -9,11 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from gcvit_edge.measurement.parity import Arithmetic, check_parity
+from gcvit_edge.measurement.parity import check_parity
 from gcvit_edge.model.create import create_model
-from gcvit_edge.targets._cuda_worker import compute_in
-from gcvit_edge.targets._pytorch_ways import prepare
-from gcvit_edge.targets.cuda import ARITHMETIC, SHORT, WAYS
+from gcvit_edge.targets._pytorch_ways import compute_in, prepare
+from gcvit_edge.targets.cuda import WAYS, computed_in
 
 ROUNDS = 30
 ROUND_SECONDS = 0.1  # of inferences in a row, so that starting them does not count
@@ -39,8 +38,7 @@ def main() -> None:
         logits = forward(images)[:COMPARED].float().cpu().numpy()
         ready = time.perf_counter() - start
         samples = timed(lambda: forward(images), device)
-    arithmetic: Arithmetic = SHORT.get(way, ARITHMETIC[dtype_name])
-    parity = check_parity(logits, expected, arithmetic)
+    parity = check_parity(logits, expected, computed_in(way, dtype_name))
     middle = statistics.median(samples)
     entry = {
         "p50_ms": round(middle, 4),

@@ -30,7 +30,11 @@ WAYS = (
     *(f"bfloat16 {way}" for way in ("graphs", "int8", "fp8")),
 )
 BASE = "bfloat16 compiled-graphs"  # what INT8 and FP8 are to beat
-KEYS = ("device", "torch", "model", "batch", "way")
+
+
+def configuration(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells an entry from others."""
+    return tuple(entry[key] for key in ("device", "torch", "model", "batch", "way"))
 
 
 def measure(model: str, batch: int, way: str, device: str) -> dict[str, Any]:
@@ -83,18 +87,18 @@ def main() -> None:
         if way not in WAYS:
             raise SystemExit(f"--ways: {unknown_name('way', way, WAYS)}")
     place = measured_on(arguments.device)
-    entries = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
-    done = {tuple(each[key] for key in KEYS) for each in entries if "error" not in each}
+    saved = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
+    entries = {configuration(each): each for each in saved}
     for model, batch, way in product(arguments.models, arguments.batches, arguments.ways):
         what = place | {"model": model, "batch": batch, "way": way}
-        if tuple(what[key] for key in KEYS) in done:
+        key = configuration(what)
+        if key in entries and "error" not in entries[key]:
             continue
-        entries = [each for each in entries if any(each[key] != what[key] for key in KEYS)]  # one that failed before
-        entries.append(what | measure(model, batch, way, arguments.device))
-        print(line(entries[-1]), flush=True)
+        entries[key] = what | measure(model, batch, way, arguments.device)
+        print(line(entries[key]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
-    here = [each for each in entries if all(each[key] == value for key, value in place.items())]
+            arguments.json.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+    here = [each for each in entries.values() if all(each[key] == value for key, value in place.items())]
     Console(width=140).print(show(here))
     if any("error" in each or not each["passed"] for each in here):
         raise SystemExit(1)

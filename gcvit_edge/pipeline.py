@@ -26,14 +26,14 @@ from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.plan import Job, check_held_out, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search
-from gcvit_edge.targets import Hold, side_by_side
-from gcvit_edge.targets.local import Session, Timing, default_threads, run_artifacts, time_artifacts
+from gcvit_edge.targets.local import Timing, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.quantization.calibrate import Calibrated
 
 GOLDEN_IMAGES = 2
+CHECKED_IMAGES = 16  # of the float artifacts that are not evaluated on all
 TIMED_ROUNDS = 20
 MIN_FLOAT_PARITY_DB = 80.0  # float artifacts differ by rounding only, which is above 100 dB
 
@@ -222,15 +222,9 @@ def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Ste
 
 def _check_floats(floats: Sequence[Artifact], pixels: Pixels, preprocessing: Preprocessing, reference: Logits) -> list[Logits]:
     """Checks all but the first of the float artifacts against the logits of the first one; gives theirs of the first images."""
-    count = min(16, len(pixels.kept))
-
-    def answer(artifact: Artifact, hold: Hold) -> Logits:
-        with hold(Session(artifact, threads=1)) as session:
-            return session.run(pixels, preprocessing, 0, count, lambda: None)
-
-    answers = side_by_side(answer, floats[1:], default_threads())
+    answers = run_artifacts(floats[1:], pixels, preprocessing, lambda: None, CHECKED_IMAGES)
     for artifact, logits in zip(floats[1:], answers, strict=True):
-        parity = sqnr_db(logits, reference[:count])
+        parity = sqnr_db(logits, reference[:CHECKED_IMAGES])
         if parity < MIN_FLOAT_PARITY_DB:
             raise CheckFailed(
                 f"the float artifacts {artifact.name} and {floats[0].name} disagree: {parity:.1f} dB, expected at least "

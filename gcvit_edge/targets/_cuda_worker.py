@@ -6,17 +6,13 @@ from and to the memory of the host: both copies are in it.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.targets._worker import serve
-
-if TYPE_CHECKING:
-    import torch
 
 
 def main() -> None:
@@ -41,7 +37,7 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
     import torch
 
     from gcvit_edge import load_model
-    from gcvit_edge.targets._pytorch_ways import prepare
+    from gcvit_edge.targets._pytorch_ways import compute_in, prepare
 
     dtype = compute_in(steps)
     model = load_model(path)[0].to(device, dtype)
@@ -52,16 +48,6 @@ def load_pytorch(path: str, device: str, steps: list[str]) -> Runner:
         return forward(torch.from_numpy(image).to(device, dtype)).float().cpu().numpy()
 
     return run
-
-
-def compute_in(steps: Sequence[str]) -> "torch.dtype":
-    """The type of weights and activations that `steps` ask for; lets products of float32 be TF32 only where they do."""
-    import torch
-
-    tf32 = "tf32" in steps
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32  # on by default
-    return torch.float16 if "float16" in steps else torch.bfloat16 if "bfloat16" in steps else torch.float32
 
 
 def load_onnx(path: str, device: str, threads: int) -> Runner:

@@ -16,6 +16,14 @@ _FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _WARM_UP = 3  # before capture, on another stream: PyTorch documentation, "CUDA semantics", CUDA Graphs
 
 
+def compute_in(steps: Sequence[str]) -> torch.dtype:
+    """The type of weights and activations that `steps` ask for; lets products of float32 be TF32 only where they do."""
+    tf32 = "tf32" in steps
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # on by default
+    return torch.float16 if "float16" in steps else torch.bfloat16 if "bfloat16" in steps else torch.float32
+
+
 @torch.no_grad()
 def prepare(model: nn.Module, steps: Sequence[str], example: Tensor) -> Forward:
     """`model` after `steps` (those of `cuda.py`), for inputs like `example` (N, C, H, W). It is changed."""

@@ -23,7 +23,7 @@ HELP = ("NVIDIA GPU, cuda:1 for the second; runs PyTorch with --weights, onnx wh
 ADDRESS = "optional"
 MEASURES_TIME = True
 
-ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
+_ARITHMETIC: "dict[str, Arithmetic]" = {"float32": "float", "tf32": "tf32", "float16": "float16", "bfloat16": "bfloat16"}
 WAYS = {
     "eager": "eager",
     "compiled": "compiled",
@@ -32,7 +32,7 @@ WAYS = {
     "int8": "torchao, compiled, CUDA graphs",
     "fp8": "FP8, compiled, CUDA graphs",
 }
-SHORT: "dict[str, Arithmetic]" = {"int8": "int8", "fp8": "float8"}  # ways whose linears are shorter than the rest
+_SHORT: "dict[str, Arithmetic]" = {"int8": "int8", "fp8": "float8"}  # ways whose linears are shorter than the rest
 _FLOAT8_CAPABILITY = (8, 9)  # Ada, Hopper
 
 
@@ -42,7 +42,7 @@ class Options:
     `arithmetic`."""
 
     weights: Path | None = field(default=None, metadata={"help": "checkpoint that the bundle was made of, for PyTorch"})
-    arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(ARITHMETIC)} (float32)"})
+    arithmetic: str = field(default="float32", metadata={"help": f"of PyTorch: {', '.join(_ARITHMETIC)} (float32)"})
     ways: str = field(
         default="",
         metadata={"help": f"to run PyTorch, some of {','.join(WAYS)} (all that can run; int8 is torchao's)"},
@@ -72,8 +72,8 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     """The ways of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
     from gcvit_edge.artifact import Artifact
 
-    if options.arithmetic not in ARITHMETIC:
-        raise unknown_name("arithmetic", options.arithmetic, ARITHMETIC)
+    if options.arithmetic not in _ARITHMETIC:
+        raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
     ways = options.ways.replace(" ", "").split(",") if options.ways else [way for way in WAYS if _lacks(way) is None]
     for way in ways:
         if way not in WAYS:
@@ -88,7 +88,12 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     golden = next((artifact for artifact in artifacts if artifact.precision == "float"), artifacts[0])
     network, quantized = (Artifact("pytorch", precision, weights, (weights,)) for precision in ("float", "int8"))
     name = options.arithmetic
-    return [Case(quantized if way == "int8" else network, f"{WAYS[way]}, {name}", SHORT.get(way, ARITHMETIC[name]), golden) for way in ways]
+    return [Case(quantized if way == "int8" else network, f"{WAYS[way]}, {name}", computed_in(way, name), golden) for way in ways]
+
+
+def computed_in(way: str, arithmetic: str) -> "Arithmetic":
+    """The shortest that a way computes in, with the rest of the network in `arithmetic`."""
+    return _SHORT.get(way, _ARITHMETIC[arithmetic])
 
 
 def _lacks(way: str) -> str | None:

@@ -84,20 +84,27 @@ def default_threads() -> int:
 
 
 def run_artifacts(
-    artifacts: "Sequence[Artifact]", pixels: "Pixels", preprocessing: "Preprocessing", advance: Callable[[], object]
+    artifacts: "Sequence[Artifact]",
+    pixels: "Pixels",
+    preprocessing: "Preprocessing",
+    advance: Callable[[], object],
+    count: int | None = None,
 ) -> "list[NDArray[np.float32]]":
-    """Logits (N, classes) of every artifact on all images. The images are divided among all CPUs, one thread each, which is the most
-    images a second: a layer's work divided among threads has to wait for the slowest of them at its end."""
+    """Logits (N, classes) of every artifact on the first `count` images (None: all).
+
+    The images are divided among all CPUs, one thread each, which is the most images a second: a layer's work divided among threads has to
+    wait for the slowest of them at its end.
+    """
     import numpy as np
 
-    threads, count = default_threads(), len(pixels.kept)
-    share = max(MIN_SHARE, -(-count // threads))
-    starts = range(0, count, share)
+    threads, images = default_threads(), len(pixels.kept[:count])
+    share = max(MIN_SHARE, -(-images // threads))
+    starts = range(0, images, share)
 
     def run(job: "tuple[Artifact, int]", hold: Hold) -> "NDArray[np.float32]":
         artifact, start = job
         with hold(Session(artifact, threads=1)) as session:
-            return session.run(pixels, preprocessing, start, min(start + share, count), advance)
+            return session.run(pixels, preprocessing, start, min(start + share, images), advance)
 
     parts = side_by_side(run, list(product(artifacts, starts)), threads)
     return [np.concatenate(parts[first : first + len(starts)]) for first in range(0, len(parts), len(starts))]

@@ -17,7 +17,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what gets them, and what this process starts, under nohup too; a command's handlers are gone afterwards."""
+    """Ctrl-C, SIGTERM and SIGHUP end what gets them, and what it starts, under nohup too; a command's handlers are gone afterwards."""
     usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield

@@ -94,6 +94,8 @@ def test_columns_of_a_comparison_are_shown_where_there_is_one() -> None:
     with_float, alone = shown(accuracy_table(report("float", "int8", compared=True))), shown(accuracy_table(report("int8", compared=False)))
     assert all(heading in with_float and heading not in alone for heading in headings)
     assert "+0.10 +0.90  98.00 99.50  ±1.0" in with_float
+    assert all(value in with_float for value in ("+0.50", "99.00%", "30.0"))
     for text in (with_float, alone):
+        assert "90.00%" in text
         assert "80.00 95.00" in text
         assert "90 dB" in text
