@@ -67,6 +67,8 @@ ROWS = (
     Row("stock INT8", "int8_ptq", every=1, stock=True),
     *(Row(name, name, every=1) for name in ("int8_ptq", "int8_ptq_full", "w4a8_ptq", "int4_weights", "fp16", "bf16")),
     Row("int8_ptq_full, residual additions in float", "int8_ptq_full", changed(operators=("linear", "conv", "attention")), every=1),
+    Row("w4a8_ptq, layers rounded each for itself", "w4a8_ptq", changed(rounding="adaptive"), every=1),
+    Row("int4_weights, layers rounded each for itself", "int4_weights", changed(rounding="adaptive"), every=1),
     Row("int8_ptq, every fifth image", "int8_ptq"),
     Row("int8_ptq, other calibration images", "int8_ptq", calibration(seed=1)),
     Row("int8_ptq, 32 calibration images", "int8_ptq", calibration(images=32), ("openvino",)),

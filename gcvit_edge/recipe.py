@@ -49,8 +49,10 @@ class Recipe(Section):
     centering: bool = Field(True, description="channels of keys and values around 0; see quantization/centering.py")
     smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
     equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
-    rounding: Literal["nearest", "adaptive"] = Field("nearest", description="of weights; adaptive: for least error of the outputs")
-    bias_correction: bool = Field(False, description="the mean error of rounded weights goes into biases; adaptive rounding leaves none")
+    rounding: Literal["nearest", "adaptive", "sequential"] = Field(
+        "nearest", description="of weights; adaptive: for least error of a layer's outputs; sequential: the layers' before it included"
+    )
+    bias_correction: bool = Field(False, description="the mean error of weights rounded to the nearest goes into biases")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
     search: Search | None = Field(None, description="which more stay float is searched; without this section, none")
     calibration: Calibration = Calibration()  # type: ignore[call-arg]
@@ -59,12 +61,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
-        if self.rounding == "adaptive" and not {"linear", "conv"} & set(self.operators):
-            raise ValueError(f"`rounding: adaptive` is for linears and convolutions, not for {self._contents()}; leave it out")
+        if self.rounding != "nearest" and not {"linear", "conv"} & set(self.operators):
+            raise ValueError(f"`rounding: {self.rounding}` is for linears and convolutions, not for {self._contents()}; leave it out")
+        if self.rounding == "sequential" and self.search is not None:
+            raise ValueError(
+                "`rounding: sequential` fits layers to rounded ones before them, of which `search` leaves some in float; take "
+                "`rounding: adaptive`, or leave out `search`"
+            )
         if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
             raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
-        if self.bias_correction and self.rounding == "adaptive":
-            raise ValueError("`rounding: adaptive` leaves no mean error for `bias_correction`; leave out the one or the other")
+        if self.bias_correction and self.rounding != "nearest":
+            raise ValueError(f"`rounding: {self.rounding}` leaves no mean error for `bias_correction`; leave out the one or the other")
         activations = sorted({"attention", "residual"} & set(self.operators))
         if activations and self.precision not in INTEGER_ACTIVATIONS:
             raise ValueError(
@@ -85,8 +92,8 @@ class Recipe(Section):
             raise ValueError("`qat` trains every layer in INT8; leave out `keep_float` and `search`, or `qat`")
         if self.qat is not None and self.bias_correction:
             raise ValueError("`qat` trains biases too; leave out `bias_correction`, or `qat`")
-        if self.qat is not None and self.rounding == "adaptive":
-            raise ValueError("`qat` trains weights as they are rounded to the nearest; leave out `rounding: adaptive`, or `qat`")
+        if self.qat is not None and self.rounding != "nearest":
+            raise ValueError(f"`qat` trains weights as they are rounded to the nearest; leave out `rounding: {self.rounding}`, or `qat`")
         if self.qat is not None and self.calibration.unit_softmax:
             raise ValueError("`qat` trains the range of the softmax too; leave out `calibration.unit_softmax`, or `qat`")
         return self

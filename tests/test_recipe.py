@@ -83,6 +83,8 @@ def test_recipes_do_not_change() -> None:
         ({"bias_correction": True, "precision": "fp16"}, "`bias_correction` is for linears in integers, not for linear, conv in fp16"),
         ({"bias_correction": True, "operators": ["conv"]}, "not for conv in int8"),
         ({"bias_correction": True, "rounding": "adaptive"}, "`rounding: adaptive` leaves no mean error for `bias_correction`"),
+        ({"rounding": "sequential", "search": {}}, "`rounding: sequential` fits layers to rounded ones .*take `rounding: adaptive`"),
+        ({"rounding": "sequential", "bias_correction": True}, "`rounding: sequential` leaves no mean error for `bias_correction`"),
         ({"bias_correction": True, "qat": {}}, "`qat` trains biases too; leave out `bias_correction`, or `qat`"),
         (
             {"calibration": {"unit_softmax": True}},

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.quantization.centering import centre
 from gcvit_edge.quantization.equalization import equalize
+from gcvit_edge.quantization.keep import kept_layers
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
 from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, weight_grids
+from gcvit_edge.quantization.sequential import reconstruct_in_turn
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
@@ -59,6 +61,9 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence
     rounded, grids = copy.deepcopy(network), weight_grids(network, recipe.operators, recipe.precision)
     if recipe.rounding == "adaptive":
         reconstruct(rounded, images, grids)
+    if recipe.rounding == "sequential":
+        kept = kept_layers(network, recipe.keep_float)  # which hand on no error
+        reconstruct_in_turn(rounded, images, {name: grid for name, grid in grids.items() if name not in kept})
     if recipe.bias_correction:
         correct_biases(rounded, images, grids)
     fitted = {name: value.data for name, value in rounded.named_parameters() if not torch.equal(value, network.get_parameter(name))}

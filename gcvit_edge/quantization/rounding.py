@@ -19,30 +19,31 @@ from gcvit_edge.quantization.integers import GroupedWeight, HalfWeight, IntegerW
 from gcvit_edge.quantization.ranges import Images
 from gcvit_edge.quantization.watch import watching
 
+Dense = nn.Linear | nn.Conv2d
 Rounded = IntegerWeight | GroupedWeight | HalfWeight
 Grid = Callable[[Tensor], Rounded]
 Grids = Mapping[str, Grid]
 """How the weights of these layers, by name, are rounded."""
 
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal, for channels that are always near 0
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, for channels that are always near 0
 _BLOCK = 128  # channels at a time, so that far ones are touched once a block
 
 
 @torch.no_grad()
 def reconstruct(deployed: nn.Module, images: Images, grids: Grids) -> None:
     """Rounds the weights of these linears and convolutions, in place; those of depthwise ones, which add up 9 products each, stay."""
-    layers = {name: layer for name, layer in deployed.named_modules() if name in grids and _is_dense(layer)}
+    layers = dense_layers(deployed, grids)
     products = {name: torch.zeros(layer.weight[0].numel(), layer.weight[0].numel()) for name, layer in layers.items()}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
-        rows = _read(layers[name], x)
+        rows = rows_read(layers[name], x)
         products[name].addmm_(rows.T, rows)
 
     with watching(layers, add):
         for image in images():
             deployed(torch.from_numpy(image))
     for name, layer in layers.items():
-        layer.weight.copy_(_rounded(layer.weight.flatten(1), products[name], grids[name](layer.weight)).view_as(layer.weight))
+        layer.weight.copy_(compensated(layer.weight, products[name], grids[name](layer.weight)))
 
 
 @torch.no_grad()
@@ -64,11 +65,16 @@ def correct_biases(deployed: nn.Module, images: Images, grids: Grids) -> None:
         layer.bias.add_((layer.weight - grids[name](layer.weight)()) @ (sums[name] / rows[name]))
 
 
-def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+def dense_layers(deployed: nn.Module, grids: Grids) -> dict[str, Dense]:
+    """The linears and convolutions whose weights are rounded for what they are multiplied with, in the order of the network."""
+    return {name: layer for name, layer in deployed.named_modules() if name in grids and _is_dense(layer)}
+
+
+def _is_dense(layer: nn.Module) -> TypeGuard[Dense]:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-def _read(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+def rows_read(layer: Dense, x: Tensor) -> Tensor:
     """What the outputs of a layer are products of (rows, in): of a convolution the pixels under its kernel."""
     if isinstance(layer, nn.Linear):
         return x.flatten(0, -2)
@@ -85,12 +91,13 @@ def _factor_of_inverse(product: Tensor) -> Tensor:
     return inverse
 
 
-def _rounded(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
-    """The weight (out, in) on its grid. product: sum of x^T x (in, in) of its inputs."""
+def compensated(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
+    """The weight (out, ...) on its grid, the error of each input channel made good by those after it. product: sum of x^T x (in, in) of
+    what `rows_read` gives."""
     order = product.diagonal().argsort(descending=True)  # what matters most first, while most can make good its errors
-    left, fixed = weight[:, order], grid.fixed()[:, order]
+    left, fixed = weight.flatten(1)[:, order], grid.fixed()[:, order]
     product = product[order][:, order]
-    product = product + torch.eye(len(product)) * (_DAMPING * product.diagonal().mean()).clamp_min(1e-8)
+    product = product + torch.eye(len(product)) * (DAMPING * product.diagonal().mean()).clamp_min(1e-8)
     inverse = _factor_of_inverse(product)
     result = grid().flatten(1)[:, order]
     for start in range(0, len(order), _BLOCK):
@@ -102,4 +109,4 @@ def _rounded(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
             errors[:, index - start] = (left[:, index] - result[:, index]) / inverse[index, index]
             left[:, index : block.stop] -= errors[:, index - start, None] * inverse[index, index : block.stop]
         left[:, block.stop :] -= errors @ inverse[block, block.stop :]
-    return result[:, order.argsort()]
+    return result[:, order.argsort()].view_as(weight)
