@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
-from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images, inputs
+from gcvit_edge.data import Labels, Pixels, Preprocessing, decode_images
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.lower import lower_float, lower_network, lower_quantized, roundings, simulate, written
+from gcvit_edge.lower import lower_float, lower_network, lower_quantized, simulate, written
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, finite_db, hits, paired_drop, sqnr_db, sqnr_interval
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.measurement.parity import MIN_SQNR_DB
-from gcvit_edge.pipeline import ranking_images
+from gcvit_edge.pipeline import prepare, ranking_images
 from gcvit_edge.plan import Job, plan
 from gcvit_edge.progress import Steps
-from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
+from gcvit_edge.recipe import Recipe
 from gcvit_edge.search import Layer, candidates, frontier, keeping, measurements, predicted_ms, rank
 from gcvit_edge.targets.local import Session, run_artifacts, time_artifacts
 
@@ -53,14 +53,16 @@ def plan_analysis(
     preprocessing: Preprocessing | None,
     calib: Path | None,
     eval: Path | None,
+    train: Path | None,
     backends: Sequence[str] | None,
     threads: int | None,
+    device: str | None,
 ) -> Job:
     """Checks a request; the arguments are those of `quantize`. A bundle brings its recipe, and backends, labels and preprocessing
-    that are not given. scratch: an empty folder.
+    that are not given. scratch: an empty folder. What a recipe fine-tunes is in no bundle, so it is fine-tuned again.
 
     Raises:
-        UserError: bad input; the bundle is of another network than the weights, or has no recipe.
+        UserError: bad input; the bundle is of another network than the weights, or has no recipe; there are several processes.
     """
     if bundle is not None:
         if bundle.manifest.recipe is None:
@@ -76,21 +78,22 @@ def plan_analysis(
         recipe = str(scratch / "recipe.yaml")
         Path(recipe).write_text(bundle.manifest.recipe.text, encoding="utf-8")
     recipe = recipe or "int8_ptq"
-    if parse_recipe(recipe_text(recipe), recipe).qat is not None:
-        raise UserError(
-            f"{recipe} fine-tunes, and what came of that is in its artifacts only; analyze looks at what calibration gives, so "
-            "choose a --recipe without a section `qat`"
-        )
     job = plan(
-        recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib,
-        eval=eval, backends=backends, threads=threads, output=scratch / "no bundle is made", searching=False,
+        recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
+        train=train, backends=backends, threads=threads, device=device, output=scratch / "no bundle is made", searching=False,
     )  # fmt: skip
     if bundle is not None and job.info.config != bundle.info.config:
         raise UserError(
             f"the bundle is of {bundle.info.name} ({bundle.info.origin.source}), but these weights are of {job.info.name} in "
             "another shape; give --weights FILE that it was made from"
         )
-    return job
+    if job.tuning is None:
+        return job
+    if job.tuning.accelerator.num_processes > 1:
+        raise UserError("an analysis is made by one process; start it without accelerate launch")
+    from gcvit_edge.training.qat import saved_in_cache
+
+    return replace(job, tuning=saved_in_cache(job.model, job.tuning, job.backends))
 
 
 def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
@@ -100,21 +103,18 @@ def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
         CheckFailed: the float model is no better than guessing; an artifact cannot be made; the weights are not those of the bundle.
     """
     from gcvit_edge.quantization.activations import activations
-    from gcvit_edge.quantization.calibrate import calibrate
 
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch:
         work = Path(scratch)
-        preprocessing = job.info.preprocessing
-        with steps.step("read images", len(job.calibration.files) + len(job.evaluation.files)) as advance:
-            calibration = decode_images(job.calibration, preprocessing, work / "calib.npy", advance)
-            pixels = decode_images(job.evaluation, preprocessing, work / "eval.npy", advance)
+        with steps.step("read evaluation images", len(job.evaluation.files)) as advance:
+            pixels = decode_images(job.evaluation, job.info.preprocessing, work / "eval.npy", advance)
         images = ranking_images(job, work, steps)
-        with steps.step("calibrate"):
-            runtimes = roundings(job.recipe, job.backends)
-            calibrated = calibrate(job.model, job.recipe, lambda: inputs(calibration, preprocessing), runtimes)
+        calibrated, prepared = prepare(job, work, steps)
         with steps.step("activations"):
             places = [_rounded(asdict(place)) for place in activations(calibrated.network, images)]
         backends = [_backend(job, name, bundle, calibrated, images, pixels, work, steps) for name in job.backends]
+    if job.tuning is not None:
+        job.tuning.state.unlink(missing_ok=True)  # the saved run is of no more use
     return {
         "model": job.info.name,
         "recipe": job.recipe.name,
@@ -122,6 +122,7 @@ def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
         "machine": {"cpu": cpu_name(), "threads": job.threads},
         "activations": places,
         "backends": backends,
+        **({"training": prepared["training"]} if job.tuning is not None else {}),
         "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
     }
 
@@ -185,13 +186,13 @@ def _check_weights(deployed: Deployed, bundle: Bundle, calibrated: "Calibrated")
     may add. Calibration images other than those of the bundle add less (some 36 dB), and pass."""
     from gcvit_edge.quantization.sensitivity import logits
 
-    golden = bundle.golden_input()
-    got = logits(simulate(deployed.backend, calibrated, deployed.recipe), [golden[i : i + 1] for i in range(len(golden))])
+    golden, recipe = bundle.golden_input(), deployed.recipe
+    got = logits(simulate(deployed.backend, calibrated, recipe), [golden[i : i + 1] for i in range(len(golden))])
     found = sqnr_db(got, bundle.golden_logits(deployed.int8))
     if found < MIN_SQNR_DB["int8"]:
         raise CheckFailed(
             f"{deployed.int8.name} of the bundle is not of these weights: {found:.1f} dB between its golden logits and theirs, "
-            f"expected {MIN_SQNR_DB['int8']:.0f}; give those that it was made from"
+            f"expected {MIN_SQNR_DB['int8']:.0f}; give those that it was made from{', and its --train' if recipe.qat else ''}"
         )
 
 

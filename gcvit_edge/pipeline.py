@@ -102,12 +102,12 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
     trained; the others get None."""
     if job.tuning is not None and not job.tuning.accelerator.is_main_process:
         with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch:
-            _prepare(job, Path(scratch), steps)
+            prepare(job, Path(scratch), steps)
         return None
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch, staged_bundle(job.output, job.force) as stage:
         work = Path(scratch)
         pixels = _decode(job.evaluation, job.info.preprocessing, work / "eval.npy", "read evaluation images", steps)
-        calibrated, prepared = _prepare(job, work, steps)
+        calibrated, prepared = prepare(job, work, steps)
         made = _make(job, calibrated, work, stage, steps)
         report, answers = _measure(job, made, pixels, stage, steps)
         report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
@@ -126,7 +126,7 @@ def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name:
         return decode_images(images, preprocessing, file, advance)
 
 
-def _prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str, Any]]":
+def prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str, Any]]":
     """Weights and ranges, once for all backends: calibrated, and fine-tuned if the recipe says so; and what the report says of it."""
     from gcvit_edge.quantization.calibrate import calibrate
 

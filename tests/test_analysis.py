@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined
+from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined, make_tiny
 
 from gcvit_edge import analysis as module
 from gcvit_edge.analysis import drift, pareto, plan_analysis
@@ -179,11 +179,53 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
     assert "onnx.int8 of the bundle is not of these weights: " in capfd.readouterr().err
 
 
+QAT = """\
+name: tuned
+description: x
+backends: [openvino]
+calibration: {images: 24}
+limits: {max_drop: 100, min_agreement: 0}
+qat: {epochs: 2, batch_size: 8, micro_batch: 4, learning_rate: 1.0e-3, augmentation: {crop_scale: [0.7, 1.0]}}
+"""
+
+
+def test_of_a_bundle_that_was_fine_tuned(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, bundle = make_tiny(tmp_path), str(tmp_path / "tuned")
+    (tmp_path / "tuned.yaml").write_text(QAT)
+    images = ["--weights", str(tiny.weights), "--calib", str(tiny.calib), "--eval", str(tiny.evaluation), "--threads", "1"]
+    tuned = [*images, "--train", str(tiny.calib)]
+    assert main(["quantize", "--recipe", str(tmp_path / "tuned.yaml"), *tuned, "-o", bundle]) == 0
+    trained = json.loads((tmp_path / "tuned" / "report.json").read_text())["training"]
+    assert main(["analyze", bundle, *images]) == 2
+    assert "a model of your own needs --train DIR" in capfd.readouterr().err
+    # interrupted after the training: it goes on from what was learned
+    with monkeypatch.context() as patch:
+        patch.setattr("gcvit_edge.analysis._backend", raise_interrupt)
+        assert main(["analyze", bundle, *tuned]) == 130
+    (state,) = cache.rglob("*.run")
+    monkeypatch.setattr("gcvit_edge.training.loop._train_epoch", lambda *_: pytest.fail("trained again"))
+    capfd.readouterr()
+    assert main(["analyze", bundle, *tuned, "--json"]) == 0
+    assert not state.exists()
+    report = json.loads(capfd.readouterr().out)
+    assert [epoch["loss"] for epoch in report["training"]["epochs"]] == [epoch["loss"] for epoch in trained["epochs"]]
+    (entry,) = report["backends"]
+    # the bundle's artifact computes what was learned once more
+    assert entry["logits"]["deployed_to_simulated_db"] > 30
+    assert entry["logits"]["with_taps_to_without_db"] > 30
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def planned(tiny: Tiny, folder: Path, recipe: str = PLAIN) -> Job:
     (folder / "planned.yaml").write_text(recipe)
     return plan_analysis(
         None, str(folder / "planned.yaml"), folder, model=None, weights=str(tiny.weights), num_classes=None, labels=None,
-        preprocessing=None, calib=tiny.calib, eval=tiny.evaluation, backends=None, threads=1,
+        preprocessing=None, calib=tiny.calib, eval=tiny.evaluation, train=None, backends=None, threads=1, device=None,
     )  # fmt: skip
 
 

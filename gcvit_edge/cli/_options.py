@@ -48,6 +48,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
 
 
+def add_training_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """What recipes that fine-tune learn from, and on what: --train, --device; the group that they are in."""
+    group = parser.add_argument_group("fine-tuning, of recipes with a section `qat`")
+    group.add_argument("--train", type=Path, metavar="DIR", help="to fine-tune on: a folder or .zip as above; other images than --eval")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    return group
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads."""
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: all CPUs)")

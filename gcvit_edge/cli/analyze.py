@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_model_options, add_threads, model_options
+from gcvit_edge.cli._options import add_model_options, add_threads, add_training_options, model_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,11 @@ must be given again. Layers are measured on 16 images; an interrupted analysis g
   gcvit-edge analyze -o analysis                                                        the embedded sample
   gcvit-edge analyze --weights FILE --calib train/ --eval val/ --backend onnx -o analysis
   gcvit-edge analyze BUNDLE --weights FILE --calib train/ --eval val/
+
+What int8_qat has learned is in its artifacts alone, so it is fine-tuned again on the same --train, which takes as long as before. "Float"
+is then the fine-tuned network before it is rounded, and for the drift of classes the float artifact, which was not fine-tuned.
+
+  gcvit-edge analyze BUNDLE --weights FILE --calib train/ --train train/ --eval val/
 """
 
 
@@ -30,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images: a folder or .zip with one sub-folder a class")
     images.add_argument("--calib", type=Path, metavar="DIR", help="calibrates, and what does not calibrate measures sensitivity")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the drift of classes; other images than --calib")
+    add_training_options(parser)
     parser.add_argument("--backend", nargs="+", metavar="B", help="only these backends (default: those of the bundle or recipe)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="also write analysis.json and plots (PNG, SVG) here")
     add_threads(parser)
@@ -50,7 +56,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as scratch:
         job = plan_analysis(
             bundle, arguments.recipe, Path(scratch), **model_options(arguments), calib=arguments.calib, eval=arguments.eval,
-            backends=arguments.backend, threads=arguments.threads,
+            train=arguments.train, backends=arguments.backend, threads=arguments.threads, device=arguments.device,
         )  # fmt: skip
         report = analyze(job, bundle, Steps(errors))
     shown = analysis_tables(report)

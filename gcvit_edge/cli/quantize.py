@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_model_options, add_output_options, model_options, resumable, skipped_lines
+from gcvit_edge.cli._options import (
+    add_model_options,
+    add_output_options,
+    add_training_options,
+    model_options,
+    resumable,
+    skipped_lines,
+)
 from gcvit_edge.errors import LimitBroken
 
 if TYPE_CHECKING:
@@ -34,10 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--calib", type=Path, metavar="DIR", help="sets the INT8 ranges; some hundred images like those in use")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the accuracy; other images than --calib")
     images.add_argument("--eval-images", type=int, metavar="N", help="of --eval, spread evenly over the classes (default: all)")
-    tuning = parser.add_argument_group("fine-tuning, of recipes with a section `qat`")
-    tuning.add_argument("--train", type=Path, metavar="DIR", help="to fine-tune on: a folder or .zip as above; other images than --eval")
-    tuning.add_argument("--device", choices=("auto", "cpu", "cuda"), help="(default: auto)")
-    tuning.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    add_training_options(parser).add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
     add_output_options(parser)
     parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")

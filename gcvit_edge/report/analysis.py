@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.errors import UserError
+from gcvit_edge.report.table import epochs_table
 
 JSON = "analysis.json"
 SHOWN = 12
@@ -18,7 +19,7 @@ SHOWN = 12
 
 def analysis_tables(report: dict[str, Any]) -> list[RenderableType]:
     """What matters most of an analysis; each table fits 80 columns. The rest is in the JSON."""
-    shown: list[RenderableType] = []
+    shown: list[RenderableType] = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     for entry in report["backends"]:
         shown += [_layers(entry, report["images"]["sensitivity"]), _classes(entry), *_lines(entry)]
     return [*shown, _activations(report["activations"])]

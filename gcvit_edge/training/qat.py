@@ -1,7 +1,8 @@
 """Quantization-aware fine-tuning: what calibration gave goes on to learn from the float model, in the arithmetic it is deployed in."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gcvit_edge.cache import digest
+from gcvit_edge.cache import cache_file, digest, sources
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, decode_images, find_images, inputs
 from gcvit_edge.measurement.accuracy import check_baseline, images_to_judge
 from gcvit_edge.model.deploy import deploy
@@ -78,6 +79,15 @@ def plan_fine_tuning(
     micro_batches(settings, accelerator.num_processes)
     decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": digest(sorted(calibration.files))}
     return FineTuning(settings, data, accelerator, state, resume, decided_by)
+
+
+def saved_in_cache(model: GCViT, job: FineTuning, backends: Sequence[str]) -> FineTuning:
+    """The same for a command that makes no bundle to save the run beside: it is saved in the user's cache, named by all that it follows
+    from, and goes on from there."""
+    requested = json.dumps([job.settings.model_dump(mode="json"), job.data.identity(), job.calibration, *backends])
+    state = cache_file(digest([weights_digest(model.state_dict()), requested, sources()])).with_suffix(".run")
+    state.parent.mkdir(parents=True, exist_ok=True)
+    return replace(job, state=state, resume=state.is_file())
 
 
 def check_teacher(model: GCViT, job: FineTuning, scratch: Path, steps: Steps) -> None:
