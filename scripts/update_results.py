@@ -38,15 +38,15 @@ def drop(entry: dict[str, Any]) -> str:
 
 
 def agreement(entry: dict[str, Any]) -> str:
-    """Agreement with float and its interval, which older reports do not have."""
-    low, high = entry.get("agreement_ci95", (None, None))
-    return f"{entry['agreement']:.2%}" + ("" if low is None else f" ({100 * low:.2f} to {100 * high:.2f})")
+    """Agreement with float and its interval."""
+    low, high = entry["agreement_ci95"]
+    return f"{entry['agreement']:.2%} ({100 * low:.2f} to {100 * high:.2f})"
 
 
 def sqnr(entry: dict[str, Any]) -> str:
-    """SQNR of the logits in dB and half of its interval, which is as far on both sides; older reports have none."""
-    low, high = entry.get("sqnr_ci95", (None, None))
-    return f"{entry['sqnr_db']:.1f}" + ("" if low is None else f" ± {(high - low) / 2:.2f}")
+    """SQNR of the logits in dB and half of its interval, which is as far on both sides."""
+    low, high = entry["sqnr_ci95"]
+    return f"{entry['sqnr_db']:.1f} ± {(high - low) / 2:.2f}"
 
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
