@@ -59,17 +59,20 @@ def plan_analysis(
     device: str | None,
 ) -> Job:
     """Checks a request; the arguments are those of `quantize`. A bundle brings its recipe, and backends, labels and preprocessing
-    that are not given. scratch: an empty folder. What a recipe fine-tunes is in no bundle, so it is fine-tuned again.
+    that are not given. scratch: an empty folder. What a recipe fine-tunes is in no bundle, so it is fine-tuned again, for all backends
+    that the bundle was made for.
 
     Raises:
         UserError: bad input; the bundle is of another network than the weights, or has no recipe; there are several processes.
     """
+    made: tuple[str, ...] = ()
     if bundle is not None:
         if bundle.manifest.recipe is None:
             raise UserError("the bundle has float artifacts only, there is nothing to analyze; give one that quantize made")
         for backend in backends or ():
             bundle.artifact(backend)
-        backends = backends or [artifact.backend for artifact in bundle.artifacts if artifact.precision != "float"]
+        made = tuple(artifact.backend for artifact in bundle.artifacts if artifact.precision != "float")
+        backends = backends or made
         labels, preprocessing = labels or bundle.info.labels, preprocessing or bundle.info.preprocessing
         if recipe is not None:
             raise UserError(
@@ -93,11 +96,13 @@ def plan_analysis(
         raise UserError("an analysis is made by one process; start it without accelerate launch")
     from gcvit_edge.training.qat import saved_in_cache
 
-    return replace(job, tuning=saved_in_cache(job.model, job.tuning, job.backends))
+    tuned_for = made or job.backends
+    return replace(job, backends=tuned_for, tuning=saved_in_cache(job.model, job.tuning, tuned_for))
 
 
-def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
-    """The report on a job of `plan`. bundle: take the artifacts from here instead of making them; `job` must be of its model.
+def analyze(job: Job, bundle: Bundle | None, steps: Steps, backends: Sequence[str] | None = None) -> dict[str, Any]:
+    """The report on a job of `plan_analysis`. bundle: take the artifacts from here instead of making them; `job` must be of its model.
+    backends: of the job's, those to look at (None: all).
 
     Raises:
         CheckFailed: the float model is no better than guessing; an artifact cannot be made; the weights are not those of the bundle.
@@ -112,7 +117,8 @@ def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
         calibrated, prepared = prepare(job, work, steps)
         with steps.step("activations"):
             places = [_rounded(asdict(place)) for place in activations(calibrated.network, images)]
-        backends = [_backend(job, name, bundle, calibrated, images, pixels, work, steps) for name in job.backends]
+        looked_at = [name for name in job.backends if not backends or name in backends]
+        entries = [_backend(job, name, bundle, calibrated, images, pixels, work, steps) for name in looked_at]
     if job.tuning is not None:
         job.tuning.state.unlink(missing_ok=True)  # the saved run is of no more use
     return {
@@ -121,7 +127,7 @@ def analyze(job: Job, bundle: Bundle | None, steps: Steps) -> dict[str, Any]:
         "images": {"sensitivity": len(images), "compared": min(COMPARED_IMAGES, len(images)), "evaluation": len(pixels.kept)},
         "machine": {"cpu": cpu_name(), "threads": job.threads},
         "activations": places,
-        "backends": backends,
+        "backends": entries,
         **({"training": prepared["training"]} if job.tuning is not None else {}),
         "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
     }

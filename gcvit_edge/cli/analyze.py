@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
             bundle, arguments.recipe, Path(scratch), **model_options(arguments), calib=arguments.calib, eval=arguments.eval,
             train=arguments.train, backends=arguments.backend, threads=arguments.threads, device=arguments.device,
         )  # fmt: skip
-        report = analyze(job, bundle, Steps(errors))
+        report = analyze(job, bundle, Steps(errors), arguments.backend)
     shown = analysis_tables(report)
     if arguments.output:
         written = write_analysis(report, arguments.output)
