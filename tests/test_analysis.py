@@ -26,6 +26,7 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.sensitivity import logits
 from gcvit_edge.recipe import parse_recipe
+from gcvit_edge.report.analysis import analysis_tables
 from gcvit_edge.report.plots import sensitivity_plot
 from gcvit_edge.search import Layer, rank
 
@@ -87,6 +88,16 @@ def test_runtimes_compute_what_is_simulated_until_noise_is_amplified(analysis: t
     ruined = next(layer for layer in layers if layer["layer"] == RUINED_LAYER)
     assert ruined["deployed_db"] < 10 < min(layer["deployed_db"] for layer in before)
     assert entry["logits"]["with_taps_to_without_db"] > 20
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [(52.34, "its logits are within 52.3 dB of the artifact's"), (999.0, "its logits are the artifact's")]
+)
+def test_what_taps_change_is_said(analysis: tuple[Path, dict[str, Any], str], level: float, said: str) -> None:
+    report = copy.deepcopy(analysis[1])
+    report["backends"][0]["logits"]["with_taps_to_without_db"] = level
+    lines = [each for each in analysis_tables(report) if isinstance(each, str)]
+    assert any(line.endswith(f"{said}.") for line in lines)
 
 
 def test_activations(analysis: tuple[Path, dict[str, Any], str]) -> None:

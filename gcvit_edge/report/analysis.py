@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.errors import UserError
+from gcvit_edge.measurement.accuracy import EQUAL_DB
 from gcvit_edge.report.table import epochs_table
 
 JSON = "analysis.json"
@@ -64,10 +65,11 @@ def _lines(entry: dict[str, Any]) -> list[str]:
     points = entry["pareto"]["frontier"]
     gain = next((point for point in points[1:] if point[2] is None or point[2] >= points[0][2] + 3), points[-1])
     named = ", ".join(entry["pareto"]["order"][: min(gain[0], 3)]) + (", ..." if gain[0] > 3 else "")
+    close = entry["logits"]["with_taps_to_without_db"]
     return [
         f"{entry['backend']}: {entry['int8_ms']:.1f} ms, float {entry['float_ms']:.1f}. Half of the noise goes if {gain[0]} layers stay "
         f"float ({named}), for some {gain[1] - points[0][1]:+.2f} ms.",
-        f"With the outputs of layers added, its logits are within {entry['logits']['with_taps_to_without_db']:.1f} dB of the artifact's.",
+        f"With the outputs of layers added, its logits are {'' if close >= EQUAL_DB else f'within {close:.1f} dB of '}the artifact's.",
     ]
 
 
