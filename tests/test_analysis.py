@@ -200,6 +200,7 @@ qat: {epochs: 2, batch_size: 8, micro_batch: 4, learning_rate: 1.0e-3, augmentat
 """
 
 
+@pytest.mark.slow  # trains twice
 def test_of_a_bundle_that_was_fine_tuned(
     cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
