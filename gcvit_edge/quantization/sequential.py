@@ -23,10 +23,10 @@ States = Sequence[tuple[State, State]]
 @torch.no_grad()
 def reconstruct_in_turn(deployed: nn.Module, images: Images, grids: Grids) -> None:
     """Rounds the weights of these linears and convolutions of what `deploy` gave, in place; those of depthwise ones stay."""
-    reference = copy.deepcopy(deployed)
+    reference, everything = copy.deepcopy(deployed), dense_layers(deployed, grids)
     states: States = [((image,), (image,)) for image in map(torch.from_numpy, images())]
     for before, after in zip(parts(reference), parts(deployed), strict=True):
-        layers = {name: layer for name, layer in dense_layers(deployed, grids).items() if after.layers and name.startswith(after.layers)}
+        layers = {name: layer for name, layer in everything.items() if name.startswith(after.layers)}
         for turn in _turns(after, layers, states[0][1]):
             _fit({name: layers[name] for name in turn}, reference, before, after, states, grids)
         states = [(before.run(clean), after.run(noisy)) for clean, noisy in states]
@@ -57,13 +57,15 @@ def _fit(layers: dict[str, Dense], reference: nn.Module, before: Part, after: Pa
     """
     floats = {name: reference.get_submodule(name) for name in layers}
     wanted: dict[str, Tensor] = {}
-    inputs, outputs = next(iter(layers.values())).weight[0].numel(), {name: len(layer.weight) for name, layer in layers.items()}
-    product, missing, count = torch.zeros(inputs, inputs), {name: torch.zeros(size, inputs) for name, size in outputs.items()}, 0
+    first = next(iter(layers))
+    inputs = layers[first].weight[0].numel()
+    product, count = torch.zeros(inputs, inputs), 0
+    missing = {name: torch.zeros(len(layer.weight), inputs) for name, layer in layers.items()}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
         nonlocal count
         rows = rows_read(layers[name], x)
-        if name == next(iter(layers)):
+        if name == first:
             product.addmm_(rows.T, rows)
             count += len(rows)
         left = wanted[name] - y
