@@ -130,6 +130,13 @@ class Bundle:
         """
         return self._tensor(golden_output(artifact))
 
+    def measured_db(self, artifact: Artifact) -> float | None:
+        """SQNR of an artifact's logits against float's on the evaluation images, when it was made; None for float itself."""
+        for result in self.manifest.results:
+            if (result["backend"], result["precision"]) == (artifact.backend, artifact.precision):
+                return result.get("sqnr_db")
+        return None
+
     def _tensor(self, name: str) -> NDArray[np.float32]:
         with _reading(name), (self.root / name).open("rb") as file:
             return np.lib.format.read_array(file)
@@ -170,7 +177,7 @@ class Bundle:
     def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
             got = session.infer(self.golden_input(), lambda: None)
-        parity = check_parity(got, self.golden_logits(artifact), artifact.precision)
+        parity = check_parity(got, self.golden_logits(artifact), artifact.precision, measured_db=self.measured_db(artifact))
         if not parity.passed:
             raise WrongAnswer(
                 f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "

@@ -41,7 +41,7 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where the bundle goes: --backends, --output, --zip, --force, --threads."""
-    parser.add_argument("--backends", nargs="+", metavar="B", help="executorch openvino onnx (default: all, or those of the recipe)")
+    parser.add_argument("--backends", nargs="+", action="extend", metavar="B", help="executorch openvino onnx (default: all)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here)")
     parser.add_argument("--zip", action="store_true", help="one .zip file instead of a folder")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already there")
@@ -73,7 +73,7 @@ def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> 
         help=f"{', '.join(target_names())} (some take :ADDRESS), or a name from the devices file; may be given again (default: local)",
     )  # fmt: skip
     parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if it is needed)")
-    parser.add_argument("--backend", nargs="+", metavar="B", help="only the artifacts of these backends (default: all)")
+    parser.add_argument("--backend", nargs="+", action="extend", metavar="B", help="only the artifacts of these backends (default: all)")
     if evaluates:
         text = "CPU threads of an artifact on targets that run one at a time (default: all CPUs; others run several, with one thread each)"
         parser.add_argument("--threads", type=int, metavar="N", help=text)

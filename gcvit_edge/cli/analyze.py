@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--calib", type=Path, metavar="DIR", help="calibrates, and what does not calibrate measures sensitivity")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the drift of classes; other images than --calib")
     add_training_options(parser)
-    parser.add_argument("--backend", nargs="+", metavar="B", help="only these backends (default: those of the bundle or recipe)")
+    parser.add_argument(
+        "--backend", nargs="+", action="extend", metavar="B", help="only these backends (default: those of the bundle or recipe)"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="also write analysis.json and plots (PNG, SVG) here")
     add_threads(parser)
 

@@ -4,9 +4,11 @@
 exporter turns it into QuantizeLinear and DequantizeLinear, and the OpenVINO backend into FakeQuantize.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import torchao.quantization.pt2e  # noqa: F401  # defines the operators
 from torch import Tensor, nn
 
@@ -46,9 +48,16 @@ class Affine:
 
 
 class IntegerWeight(nn.Module):
-    """A weight (out, ...) as INT8 with one scale an output channel, symmetric; forward() is the weight in float."""
+    """A weight (out, in, ...) as INT8 with one scale an output channel, symmetric; forward() is the weight in float.
+
+    The values of two neighbouring input channels (the first and the second, the third and the fourth, ...) add up to at most 128, so
+    that the sum of their products with UINT8 activations fits 16 bits. x86 CPUs without VNNI add these two in 16 bits, where too large
+    a sum becomes the largest integer there is, without a word (VPMADDUBSW; oneDNN, "Nuances of int8 computations"; ONNX Runtime,
+    "Quantize ONNX models", U8S8). Weights of 7 bits, which both advise, cost more accuracy (benchmarks/NOTES.md).
+    """
 
     LIMITS = (-127, 127)
+    PAIR = 128
 
     values: Tensor
     scale: Tensor
@@ -56,22 +65,47 @@ class IntegerWeight(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        scale = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
-        values = torch.round(weight / scale.view(-1, *[1] * (weight.ndim - 1)))
-        self.register_buffer("values", values.to(torch.int8).contiguous())
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int64))
+        pairs = _pairs(weight.detach().double())  # exact: in float32 the largest pair might be rounded to 127 or 129
+        largest, largest_sum = (each.abs().flatten(1).amax(1) for each in (pairs, pairs.sum(2)))
+        scale = torch.maximum(largest / self.LIMITS[1], largest_sum / self.PAIR).clamp_min(1e-12)
+        values = torch.round(pairs / scale.view(-1, 1, 1, 1))
+        values[:, :, 1] = self._beside(values[:, :, 1], values[:, :, 0])
+        self.register_buffer("values", _channels(values, weight.shape).to(torch.int8).contiguous())
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int64))
 
     def forward(self) -> Tensor:
         return _operators.dequantize_per_channel.default(self.values, self.scale, self.zero_point, 0, *self.LIMITS, torch.int8)
 
-    def nearest(self, weights: Tensor, channel: int) -> Tensor:
-        """Other weights (out,) of an input channel, those of a kernel counted one after the other, on the grid of this one."""
-        return torch.clamp(torch.round(weights / self.scale), *self.LIMITS) * self.scale
+    def nearest(self, weights: Tensor, channel: int, chosen: Tensor) -> Tensor:
+        """Other weights (out,) of an input channel, those of a kernel counted one after the other, on the grid of this one, beside
+        the weights (out, in) that are chosen so far, which are on it."""
+        pixels = self.values[0, 0].numel()
+        neighbour = channel - pixels if channel // pixels % 2 else channel + pixels
+        integers = torch.clamp(torch.round(weights / self.scale), *self.LIMITS)
+        if neighbour < chosen.shape[1]:
+            integers = self._beside(integers, torch.round(chosen[:, neighbour] / self.scale))
+        return integers * self.scale
+
+    def _beside(self, values: Tensor, neighbours: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(values, -self.PAIR - neighbours), self.PAIR - neighbours)
 
     def fixed(self) -> Tensor:
         """The weights that scales follow from, (out, in) bool: with them as they are, other values have the same scales."""
-        return self.values.flatten(1).abs() == 127
+        pairs = _pairs(self.values.int())
+        together = (pairs.sum(2, keepdim=True).abs() == self.PAIR).expand_as(pairs)
+        return _channels((pairs.abs() == self.LIMITS[1]) | together, self.values.shape).flatten(1)
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    """(out, in, ...) as (out, in / 2, 2, pixels of the kernel), with zeros beside an odd last channel."""
+    channels = weight.reshape(*weight.shape[:2], -1)
+    return F.pad(channels, (0, 0, 0, channels.shape[1] % 2)).unflatten(1, (-1, 2))
+
+
+def _channels(pairs: Tensor, shape: Sequence[int]) -> Tensor:
+    """The way back."""
+    return pairs.flatten(1, 2)[:, : shape[1]].reshape(shape)
 
 
 class GroupedWeight(nn.Module):
@@ -110,8 +144,8 @@ class GroupedWeight(nn.Module):
         kind = (*self.LIMITS, torch.int8, self.GROUP, torch.float32)
         return _operators.dequantize_per_channel_group.default(self.values, self.scale, self.zero_point, *kind)
 
-    def nearest(self, weights: Tensor, channel: int) -> Tensor:
-        """Other weights (out,) of an input channel on the grid of this one."""
+    def nearest(self, weights: Tensor, channel: int, chosen: Tensor) -> Tensor:
+        """Other weights (out,) of an input channel on the grid of this one. chosen: as for `IntegerWeight`, not looked at."""
         scale = self.scale[:, channel // self.GROUP]
         return torch.clamp(torch.round(weights / scale), *self.LIMITS) * scale
 
@@ -132,8 +166,8 @@ class HalfWeight(nn.Module):
     def forward(self) -> Tensor:
         return self.values.float()
 
-    def nearest(self, weights: Tensor, channel: int) -> Tensor:
-        """Other weights (out,) of an input channel in this one's type."""
+    def nearest(self, weights: Tensor, channel: int, chosen: Tensor) -> Tensor:
+        """Other weights (out,) of an input channel in this one's type. chosen: as for `IntegerWeight`, not looked at."""
         return weights.to(self.values.dtype).float()
 
     def fixed(self) -> Tensor:

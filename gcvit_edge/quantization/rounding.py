@@ -95,18 +95,19 @@ def compensated(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
     """The weight (out, ...) on its grid, the error of each input channel made good by those after it. product: sum of x^T x (in, in) of
     what `rows_read` gives."""
     order = product.diagonal().argsort(descending=True)  # what matters most first, while most can make good its errors
-    left, fixed = weight.flatten(1)[:, order], grid.fixed()[:, order]
+    left, fixed = weight.flatten(1)[:, order], grid.fixed()
     product = product[order][:, order]
     product = product + torch.eye(len(product)) * (DAMPING * product.diagonal().mean()).clamp_min(1e-8)
     inverse = _factor_of_inverse(product)
-    result = grid().flatten(1)[:, order]
+    result = grid().flatten(1).clone()
     for start in range(0, len(order), _BLOCK):
         block = slice(start, start + _BLOCK)
         errors = torch.zeros_like(left[:, block])
         for index in range(start, start + errors.shape[1]):
-            nearest = grid.nearest(left[:, index], int(order[index]))
-            result[:, index] = torch.where(fixed[:, index], result[:, index], nearest)
-            errors[:, index - start] = (left[:, index] - result[:, index]) / inverse[index, index]
+            channel = int(order[index])
+            nearest = grid.nearest(left[:, index], channel, result)
+            result[:, channel] = torch.where(fixed[:, channel], result[:, channel], nearest)
+            errors[:, index - start] = (left[:, index] - result[:, channel]) / inverse[index, index]
             left[:, index : block.stop] -= errors[:, index - start, None] * inverse[index, index : block.stop]
         left[:, block.stop :] -= errors @ inverse[block, block.stop :]
-    return result[:, order.argsort()].view_as(weight)
+    return result.view_as(weight)

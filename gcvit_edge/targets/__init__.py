@@ -88,7 +88,9 @@ class Case:
         from gcvit_edge.measurement.parity import check_parity
 
         golden = self.golden or self.artifact
-        return check_parity(logits, bundle.golden_logits(golden), self.arithmetic or self.artifact.precision, golden.precision)
+        computed_in = self.arithmetic or self.artifact.precision
+        measured_db = bundle.measured_db(golden) if computed_in == golden.precision else None
+        return check_parity(logits, bundle.golden_logits(golden), computed_in, golden.precision, measured_db=measured_db)
 
 
 @dataclass(frozen=True)

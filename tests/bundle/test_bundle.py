@@ -168,7 +168,7 @@ def test_verify_passes(bundle: Bundle) -> None:
     ((name, parity),) = bundle.verify().items()
     assert name == "onnx.int8"
     assert parity.sqnr_db > 60  # on the machine that made it
-    assert parity.minimum_db == 20
+    assert parity.minimum_db == max(20, bundle.manifest.results[0]["sqnr_db"] - 6)
     assert parity.same_top1 == 1
 
 

@@ -20,6 +20,13 @@ def test_floor_of_each_precision(scale: float, precision: str, passes: bool) -> 
     assert check_parity(GOLDEN * np.float32(scale), GOLDEN, precision).passed is passes  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("measured", "minimum"), [(None, 20), (22.0, 20), (40.0, 34), (999.0, 80)])
+def test_int8_repeats_about_as_exactly_as_it_was_measured(measured: float | None, minimum: float) -> None:
+    noisy = GOLDEN * np.float32(1 + 10 ** (-30 / 20))  # at 30 dB: what sums that saturate leave of 40 dB
+    parity = check_parity(noisy, GOLDEN, "int8", measured_db=measured)
+    assert (parity.minimum_db, parity.passed) == (minimum, minimum < 30)
+
+
 def test_another_top_class_fails_though_the_noise_is_low() -> None:
     golden = np.zeros((1, 1000), np.float32)
     golden[0, :500] = 3.0

@@ -74,6 +74,23 @@ def test_reconstruction_beats_nearest_rounding_and_stays_on_the_grid(network: nn
     assert errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(64, 48), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(7, 12, 3, padding=1)])
+def test_integers_keep_their_bounds(layer: nn.Linear | nn.Conv2d) -> None:
+    """Values of neighbouring channels add up to at most 128, whatever they make good; scales stay those of the weights."""
+    torch.manual_seed(0)
+    nn.init.uniform_(layer.weight, -1, 1)  # many pairs near the bound
+    before = IntegerWeight(layer.weight)
+    channels = layer.weight.shape[1]
+    x = correlated(256, 64)[:, :channels]
+    image = x if isinstance(layer, nn.Linear) else x.reshape(4, 8, 8, channels).transpose(0, 3, 1, 2).copy()
+    reconstruct(nn.Sequential(layer), lambda: iter([image]), {"0": IntegerWeight})
+    values = torch.round(layer.weight.reshape(len(layer.weight), channels, -1) / before.scale.view(-1, 1, 1)).int()
+    assert (values.flatten(1) != before.values.flatten(1)).any()
+    assert (values[:, : channels // 2 * 2 : 2] + values[:, 1::2]).abs().max() == 128
+    assert values.abs().max() <= 127
+    torch.testing.assert_close(IntegerWeight(layer.weight).scale, before.scale)
+
+
 def test_half_weights_are_reconstructed(network: nn.Module) -> None:
     x = correlated(500, 64)
     expected = network(torch.from_numpy(x))
