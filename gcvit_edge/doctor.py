@@ -10,7 +10,7 @@ import numpy as np
 from gcvit_edge.backends import backend_names, load_backend, package_version
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
-from gcvit_edge.measurement.machine import cpu_name, int8_features
+from gcvit_edge.measurement.machine import cpu_name, has_int8_products, int8_features
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names
@@ -28,12 +28,10 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
             with steps.step(f"try {name}"):
                 backends[name] = _try(name)
     failed = [name for name, state in backends.items() if state.startswith("fails")]
-    present = [feature["flag"] for feature in features if feature["present"]]
-    fast = any(flag in present for flag in ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"))
     verdict = (
         "INT8 runs on this CPU's own INT8 instructions."
-        if fast
-        else ("This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here.")
+        if has_int8_products()
+        else "This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here."
     )
     if failed:
         verdict += f" Not working: {', '.join(failed)}."

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def _dynamic_conv(
     ONNX Runtime drops the changes of layout where tokens are on the other side of them."""
     op = _op()
     integers, step, zero_point = op.DynamicQuantizeLinear(op.Transpose(x, perm=[0, 2, 3, 1]))
-    padded = op.Pad(integers, _integers(op, [0, *padding, 0, 0, *padding, 0]), zero_point)
+    more = weight.shape[0] // prod(kernel) - x.shape[1]  # channels of zeros
+    padded = op.Pad(integers, _integers(op, [0, *padding, 0, 0, *padding, more]), zero_point)
     axes, steps = _integers(op, [1, 2]), _integers(op, stride)
     pixels = []
     for offset in product(*map(range, kernel)):

@@ -159,3 +159,8 @@ def int8_features() -> list[tuple[str, str, bool]]:
     """(flag, meaning, present) of the INT8 features of this architecture."""
     present = this_machine().features
     return [(flag, meaning, flag in present) for flag, meaning in INT8_FEATURES.get(platform.machine(), ())]
+
+
+def has_int8_products() -> bool:
+    """Whether this CPU has instructions that add up products of bytes; without them INT8 is hardly faster than float."""
+    return any(present for _, _, present in int8_features()[1:])

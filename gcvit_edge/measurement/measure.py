@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gcvit_edge import __version__
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
@@ -18,7 +20,7 @@ from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.measurement.timing import Mode, Timing, time_sessions
 from gcvit_edge.progress import Advance, Steps
-from gcvit_edge.targets import Case, Connection, Hold, Session, load_target, side_by_side
+from gcvit_edge.targets import CHUNK_IMAGES, Case, Connection, Hold, Session, load_target, side_by_side
 
 
 @dataclass(frozen=True)
@@ -172,23 +174,51 @@ def _timed(timing: Timing, mode: Mode) -> dict[str, Any]:
 
 
 def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, labels: Classes, advance: Advance) -> list[Result]:
-    """Runs the cases on all images, as many at the same time as the device takes."""
-    at_once = site.connection.side_by_side
-    threads = site.threads if at_once == 1 else 1
-
-    def answer(case: Case, hold: Hold) -> tuple[Result, Logits] | None:
-        answered = None
-        with site.noted(case), hold(site.connection.open(case, threads, pinned=False)) as session:
-            logits = session.run(pixels, bundle.info.preprocessing, 0, len(pixels.kept), advance)
-            answered = _result(bundle, site, case, session, threads), logits
-        return answered  # though closing the session may have failed
-
-    answers = [answered for answered in side_by_side(answer, cases, at_once) if answered is not None]
+    """Runs the cases on all images, side by side where the device takes several."""
+    answer_all = _answers_in_turn if site.connection.side_by_side == 1 else _answers_side_by_side
+    answers = answer_all(bundle, site, cases, pixels, advance)
     reference = _reference(site, answers, labels)
     return [
         result.model_copy(update={"accuracy": _accuracy(logits, None if result.precision == "float" else reference, labels)})
         for result, logits in answers
     ]
+
+
+def _answers_side_by_side(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, advance: Advance) -> list[tuple[Result, Logits]]:
+    """Result and logits of each case that runs, so many at the same time as the device takes, one thread each."""
+
+    def answer(case: Case, hold: Hold) -> tuple[Result, Logits] | None:
+        answered = None
+        with site.noted(case), hold(site.connection.open(case, 1, pinned=False)) as session:
+            logits = session.run(pixels, bundle.info.preprocessing, 0, len(pixels.kept), advance)
+            answered = _result(bundle, site, case, session, 1), logits
+        return answered  # though closing the session may have failed
+
+    answers = side_by_side(answer, cases, site.connection.side_by_side)
+    return [answered for answered in answers if answered is not None]
+
+
+def _answers_in_turn(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, advance: Advance) -> list[tuple[Result, Logits]]:
+    """The same, one at a time, all of them on some images before any is on the next: where images are sent, once is enough."""
+    with ExitStack() as stack:
+        running: list[tuple[Case, Session, list[Logits]]] = []
+        for case in cases:
+            with site.noted(case):
+                session = site.connection.open(case, site.threads, pinned=False)
+                stack.enter_context(site.noted(case))  # closing it may fail, which must not lose results
+                running.append((case, stack.enter_context(session), []))
+        for start in range(0, len(pixels.kept), CHUNK_IMAGES):
+            running, before = [], running
+            for case, session, logits in before:
+                with site.noted(case):
+                    stop = min(start + CHUNK_IMAGES, len(pixels.kept))
+                    logits.append(session.run(pixels, bundle.info.preprocessing, start, stop, advance))
+                    running.append((case, session, logits))
+        answers = []
+        for case, session, logits in running:
+            with site.noted(case):
+                answers.append((_result(bundle, site, case, session, site.threads), np.concatenate(logits)))
+    return answers
 
 
 def _reference(site: _Site, answers: Sequence[tuple[Result, Logits]], labels: Classes) -> Logits | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import UserError
+from gcvit_edge.measurement.machine import has_int8_products
 
 if TYPE_CHECKING:
     from gcvit_edge.bundle import Bundle
@@ -68,12 +69,17 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
             with steps.step(f"profile {backend}.{precision}"):
                 profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
     name = list(profiles)[-1]
+    lines = verdict(name, profiles[name], profiles.get("float") if name != "float" else None)
+    if profiles[name]["integer"]["count"] and not etdump and not has_int8_products():
+        lines.append(
+            "This CPU has no INT8 dot product instructions that we know of: integer products are hardly faster than float ones here."
+        )
     return {
         "model": bundle.info.name,
         "backend": backend,
         "threads": threads,
         "profiles": profiles,
-        "verdict": verdict(name, profiles[name], profiles.get("float") if name != "float" else None),
+        "verdict": lines,
     }
 
 

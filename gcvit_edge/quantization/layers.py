@@ -109,7 +109,8 @@ class DynamicLinear(nn.Module):
 class DynamicConv(nn.Module):
     """A convolution whose input is rounded as that of `DynamicLinear`: the same product, of the pixels that each output reads.
 
-    weight: (kernel height * kernel width * in, out) INT8. scale: (out,).
+    weight: (kernel height * kernel width * in, out) INT8; where `in` is odd, a channel of zeros more, so that neighbours in a product
+    are neighbours of a pixel (`IntegerWeight`). scale: (out,).
     """
 
     weight: Tensor
@@ -118,7 +119,8 @@ class DynamicConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         integers = IntegerWeight(conv.weight)
-        self.register_buffer("weight", integers.values.permute(2, 3, 1, 0).flatten(0, 2).contiguous())
+        values = F.pad(integers.values, (0, 0, 0, 0, 0, conv.in_channels % 2))
+        self.register_buffer("weight", values.permute(2, 3, 1, 0).flatten(0, 2).contiguous())
         self.register_buffer("scale", integers.scale)
         self.bias = conv.bias
         self.kernel, self.stride, self.padding = (list(each) for each in (conv.kernel_size, conv.stride, conv.padding))
@@ -184,9 +186,10 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def dynamic_conv(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """Convolution of `x` (B, in, H, W), rounded as `dynamic_linear` rounds, with `weight` (kernel height * kernel width * in, out) INT8."""
+    """Convolution of `x` (B, in, H, W), rounded as `dynamic_linear` rounds, with `weight` (kernel height * kernel width * in, out) INT8,
+    which may have channels more than `x`."""
     integers, step = _dynamic_integers(x)
-    maps = weight.to(x.dtype).reshape(*kernel, -1, weight.shape[1]).permute(3, 2, 0, 1)
+    maps = weight.to(x.dtype).reshape(*kernel, -1, weight.shape[1]).permute(3, 2, 0, 1)[:, : x.shape[1]]
     y = F.conv2d(integers, maps, None, stride, padding) * (step * scale)[:, None, None]  # type: ignore[arg-type]
     return y if bias is None else y + bias[:, None, None]
 

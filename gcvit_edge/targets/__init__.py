@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gcvit_edge.measurement.machine import Machine
     from gcvit_edge.measurement.parity import Arithmetic, Parity
 
-CHUNK_IMAGES = 64  # sent to the device at a time: 39 MB at 224 px, so that small boards have room
+CHUNK_IMAGES = 32  # sent to the device at a time: 19 MB at 224 px, of which small boards have room for two
 
 
 def target_names() -> list[str]:

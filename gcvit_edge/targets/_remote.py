@@ -177,7 +177,7 @@ class _SessionFolder:
         path = f"{self.device.keeper.folder}/{hashlib.sha256(content).hexdigest()}.f32"
         if self.inputs.get(name) == path:
             return
-        self._drop(name)  # first: small boards have room for one chunk
+        self._drop(name)  # first: small boards have room for two chunks, this and the one that others still hold
         if not any(path in folder.inputs.values() for folder in self.device.folders):
             self.device.shell.send(content, path)
         self.inputs[name] = path

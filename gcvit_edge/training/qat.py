@@ -1,6 +1,7 @@
 """Quantization-aware fine-tuning: what calibration gave goes on to learn from the float model, in the arithmetic it is deployed in."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -83,11 +84,14 @@ def plan_fine_tuning(
 
 def saved_in_cache(model: GCViT, job: FineTuning, backends: Sequence[str]) -> FineTuning:
     """The same for a command that makes no bundle to save the run beside: it is saved in the user's cache, named by all that it follows
-    from, and goes on from there."""
+    from, and goes on from there. Where nothing can be written, an interrupted run starts anew."""
     requested = json.dumps([job.settings.model_dump(mode="json"), job.data.identity(), job.calibration, *backends])
     state = cache_file(digest([weights_digest(model.state_dict()), requested, sources()])).with_suffix(".run")
-    state.parent.mkdir(parents=True, exist_ok=True)
-    return replace(job, state=state, resume=state.is_file())
+    try:
+        state.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return job
+    return replace(job, state=state, resume=state.is_file()) if os.access(state.parent, os.W_OK) else job
 
 
 def check_teacher(model: GCViT, job: FineTuning, scratch: Path, steps: Steps) -> None:

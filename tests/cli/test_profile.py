@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from commands import Command
 
 from gcvit_edge.bundle import Bundle
@@ -15,6 +16,15 @@ def test_profile(command: Command, bundle: Path) -> None:
     report = command("profile", bundle, "--backend", "onnx", "--threads", 1, "--json").json
     assert list(report["profiles"]) == ["float", "int8"]
     assert [profile["delegated_share"] for profile in report["profiles"].values()] == [None, None]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_profile_says_when_the_cpu_has_no_int8_products(
+    present: bool, command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gcvit_edge.measurement.profile.has_int8_products", lambda: present)
+    report = command("profile", bundle, "--backend", "onnx", "--threads", 1, "--json").json
+    assert report["verdict"][-1].startswith("This CPU has no INT8 dot product") is not present
 
 
 def test_profile_refuses_an_unknown_backend(command: Command, bundle: Path) -> None:

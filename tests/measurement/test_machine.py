@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from gcvit_edge.measurement.machine import Machine, parse_facts, this_machine
+from gcvit_edge.measurement.machine import Machine, has_int8_products, parse_facts, this_machine
 
 PI5 = """
 == uname
@@ -126,6 +126,14 @@ def test_what_a_machine_does_not_say_is_absent(text: str) -> None:
     assert (machine.model, machine.governor, machine.max_mhz, machine.memory_mb, machine.system) == (None,) * 5
     assert machine.temperatures_c == {}
     assert machine.cpus == 1
+
+
+@pytest.mark.parametrize(("features", "fast"), [((), False), (("avx2",), False), (("avx2", "avx_vnni"), True)])
+def test_int8_products(features: tuple[str, ...], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = this_machine().model_copy(update={"features": features})
+    monkeypatch.setattr("gcvit_edge.measurement.machine.this_machine", lambda: machine)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert has_int8_products() is fast
 
 
 def test_this_machine() -> None:

@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pytest
 from boards import Board, left, need, pids_below, start_sshd, wait_for
+from PIL import Image
 from target_contract import check_target
 
 from gcvit_edge.backends.executorch import read_etdump
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.targets import Session, _shell, ssh
+from gcvit_edge.measurement.devices import Device
+from gcvit_edge.measurement.measure import evaluate_bundle
+from gcvit_edge.progress import Steps
+from gcvit_edge.targets import CHUNK_IMAGES, Session, _shell, ssh
 from gcvit_edge.targets._remote import Remote
 from gcvit_edge.targets.ssh import Options, connect
 
@@ -62,6 +66,29 @@ def test_sent_once(pte_bundle: Bundle, options: Options, board: Board) -> None:
         other.infer(pte_bundle.golden_input(), lambda: None)
         one.close()
         assert [file.name.endswith(".f32") for file in left(options)].count(True) == 2  # the input that `other` holds, and its logits
+    assert left(options) == []
+
+
+def test_images_are_sent_once_for_all_artifacts(
+    pte_bundle: Bundle, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images" / pte_bundle.info.labels.folders[0]
+    folder.mkdir(parents=True)
+    for index in range(CHUNK_IMAGES + 1):
+        Image.new("RGB", (64, 64), (index, 0, 0)).save(folder / f"{index}.png")
+    sent: list[str] = []
+    send, cases = _shell.Shell.send, ssh.cases
+
+    def counted(shell: _shell.Shell, content: bytes, path: str) -> None:
+        sent.append(path)
+        send(shell, content, path)
+
+    monkeypatch.setattr(_shell.Shell, "send", counted)
+    monkeypatch.setattr(ssh, "cases", lambda artifacts, options: 2 * cases(artifacts, options))
+    (run,) = evaluate_bundle(pte_bundle, [Device("board", "ssh", "board", options, 1)], tmp_path / "images", Steps()).runs
+    assert [result.accuracy and result.accuracy.images for result in run.results] == [CHUNK_IMAGES + 1] * 2
+    assert run.results[0].accuracy == run.results[1].accuracy
+    assert len([path for path in sent if path.endswith(".f32")]) == 3  # two parts, and the golden input
     assert left(options) == []
 
 

@@ -35,7 +35,7 @@ from gcvit_edge.quantization.scheme import Rounding, quantize
 from gcvit_edge.recipe import parse_recipe
 from gcvit_edge.training.images import LabelledImages, Samples
 from gcvit_edge.training.loop import fit, make_accelerator
-from gcvit_edge.training.qat import FineTuning, fine_tune, groups
+from gcvit_edge.training.qat import FineTuning, fine_tune, groups, saved_in_cache
 from gcvit_edge.training.settings import QatSettings
 
 RECIPE = """\
@@ -88,6 +88,21 @@ def noise(result: Calibrated, model: GCViT, images: Tensor) -> float:
     deployed = quantize(result.network, *ROUNDING, result.ranges)
     with torch.no_grad():
         return sqnr_db(deployed(images).numpy(), model(images).numpy())
+
+
+def test_a_run_waits_in_the_cache_if_there_is_one(
+    model: GCViT, colours: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = FineTuning(settings(), colours, make_accelerator("cpu"), tmp_path / "state", resume=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    saved = saved_in_cache(model, job, ["onnx"])
+    assert (saved.state.is_relative_to(tmp_path / "cache"), saved.resume) == (True, False)
+    saved.state.touch()
+    assert saved_in_cache(model, job, ["onnx"]).resume
+    assert saved_in_cache(model, job, ["onnx", "openvino"]).state != saved.state
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert saved_in_cache(model, job, ["onnx"]) == job
 
 
 # what is learned
