@@ -194,17 +194,20 @@ def test_a_tab_that_crashes(usable: None, bundle: Bundle, temporary: Path) -> No
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize(("recipe", "least"), [("int8_ptq", 60), ("int4_weights", 60), ("w4a8_ptq", 30)])
+@pytest.mark.parametrize(("recipe", "usual"), [("int8_ptq", 60), ("int4_weights", 60), ("w4a8_ptq", 30)])
 def test_integers_give_what_the_native_runtime_gives(
-    usable: None, make_model: Callable[..., GCViT], recipe: str, least: float, tmp_path: Path
+    usable: None, make_model: Callable[..., GCViT], recipe: str, usual: float, tmp_path: Path
 ) -> None:
+    """Sums in another order may round one value of an image to another integer; a wrong kernel shows in all images."""
     artifact = quantized(make_model, recipe, "onnx", tmp_path)
     with (
-        web.connect("", web.Options()) as here,
-        here.open(Case(artifact, "wasm"), 2, pinned=False) as page,
+        web.connect("", web.Options()) as browser,
+        browser.open(Case(artifact, "wasm"), 2, pinned=False) as page,
         local.Session(artifact, 1) as native,
     ):
-        assert sqnr_db(page.infer(IMAGES, lambda: None), native.infer(IMAGES, lambda: None)) > least
+        there, here = page.infer(IMAGES, lambda: None), native.infer(IMAGES, lambda: None)
+    assert sqnr_db(there, here) > 30
+    assert np.median([sqnr_db(there[[index]], here[[index]]) for index in range(len(IMAGES))]) > usual
 
 
 def test_an_error_in_the_page_is_told(usable: None, bundle: Bundle) -> None:
