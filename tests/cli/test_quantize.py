@@ -36,6 +36,11 @@ def test_dry_run_on_the_embedded_sample(command: Command, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flags", [["--backends", "openvino", "onnx"], ["--backends", "openvino", "--backends", "onnx"]])
+def test_backends_in_one_flag_or_several(flags: list[str], command: Command) -> None:
+    assert command("quantize", "--dry-run", "--json", *flags).json["backends"] == ["openvino", "onnx"]
+
+
 def test_dry_run_on_own_model(command: Command, tiny: Tiny, tmp_path: Path) -> None:
     outcome = command("quantize", *own(tiny), "--dry-run", "--zip", "--threads", 1)
     assert outcome.code == 0
