@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
-EAGER, GRAPHS = "bfloat16 eager", "bfloat16 graphs"
+# not bfloat16, which takes minutes on CPUs without instructions for it; with CUDA graphs it fails on any CPU
+EAGER, GRAPHS = "float32 eager", "bfloat16 graphs"
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def test_a_run_on_the_cpu(benchmark: Path, tmp_path: Path) -> None:
     assert ran.returncode == 1, ran.stderr
     measured, failed = json.loads(file.read_text())
     assert (measured["way"], measured["batch"], measured["device"], measured["passed"]) == (EAGER, 2, "cpu", True)
-    assert measured["sqnr_db"] > 25
-    assert measured["images_per_s"] == pytest.approx(2000 / measured["p50_ms"], rel=0.01)
+    assert measured["sqnr_db"] > 80
+    assert measured["images_per_s"] == pytest.approx(2000 / measured["p50_ms"], rel=0.01, abs=0.051)  # one decimal
     assert failed["way"] == GRAPHS
     assert f"gcvit_xxtiny, batch 2, {GRAPHS}: failed: {failed['error']}" in ran.stdout
     again = run(benchmark, "--ways", EAGER, "--json", file)
