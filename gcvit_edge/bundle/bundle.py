@@ -20,8 +20,9 @@ from gcvit_edge.backends import Runner, load_backend
 from gcvit_edge.bundle.manifest import GOLDEN_INPUT, MANIFEST, Manifest, golden_output, read_manifest, sha256
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
-from gcvit_edge.measurement.parity import Parity, check_parity
+from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.targets import Case
 from gcvit_edge.targets.local import Session, default_threads
 
 _MAX_MANIFEST_BYTES = 2**24  # labels of 20,000 classes take half a million
@@ -177,7 +178,7 @@ class Bundle:
     def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
             got = session.infer(self.golden_input(), lambda: None)
-        parity = check_parity(got, self.golden_logits(artifact), artifact.precision, measured_db=self.measured_db(artifact))
+        parity = Case(artifact, "cpu").check(got, self)
         if not parity.passed:
             raise WrongAnswer(
                 f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "

@@ -162,5 +162,6 @@ def int8_features() -> list[tuple[str, str, bool]]:
 
 
 def has_int8_products() -> bool:
-    """Whether this CPU has instructions that add up products of bytes; without them INT8 is hardly faster than float."""
+    """Whether this CPU has instructions that add up products of bytes, as all of `INT8_FEATURES` but the first of each architecture are;
+    without them INT8 is hardly faster than float."""
     return any(present for _, _, present in int8_features()[1:])

@@ -123,17 +123,23 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
     return Run(device=device.name, target=device.target, emulated=emulated, machine=machine, results=tuple(results), error=failure)
 
 
+def _load(site: _Site, cases: list[Case], stack: ExitStack, *, pinned: bool) -> list[tuple[Case, Session]]:
+    """The sessions of those cases that can be loaded, all at the same time, until `stack` closes them."""
+    loaded: list[tuple[Case, Session]] = []
+    for case in cases:
+        with site.noted(case):
+            session = site.connection.open(case, site.threads, pinned=pinned)
+            stack.enter_context(site.noted(case))  # closing it may fail, which must not lose results
+            loaded.append((case, stack.enter_context(session)))
+    return loaded
+
+
 def _time(bundle: Bundle, site: _Site, cases: list[Case], mode: Mode, advance: Advance) -> list[Result]:
     """Times the cases together, in turns; without those that cannot be loaded."""
     image = bundle.golden_input()[:1]
     results: list[Result] = []
     with ExitStack() as stack:
-        loaded: list[tuple[Case, Session]] = []
-        for case in cases:
-            with site.noted(case):
-                session = site.connection.open(case, site.threads, pinned=True)
-                stack.enter_context(site.noted(case))  # closing it may fail, which must not lose results
-                loaded.append((case, stack.enter_context(session)))
+        loaded = _load(site, cases, stack, pinned=True)
         if site.emulated:
             for case, session in loaded:
                 with site.noted(case):
@@ -201,12 +207,7 @@ def _answers_side_by_side(bundle: Bundle, site: _Site, cases: list[Case], pixels
 def _answers_in_turn(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, advance: Advance) -> list[tuple[Result, Logits]]:
     """The same, one at a time, all of them on some images before any is on the next: where images are sent, once is enough."""
     with ExitStack() as stack:
-        running: list[tuple[Case, Session, list[Logits]]] = []
-        for case in cases:
-            with site.noted(case):
-                session = site.connection.open(case, site.threads, pinned=False)
-                stack.enter_context(site.noted(case))  # closing it may fail, which must not lose results
-                running.append((case, stack.enter_context(session), []))
+        running: list[tuple[Case, Session, list[Logits]]] = [(*each, []) for each in _load(site, cases, stack, pinned=False)]
         for start in range(0, len(pixels.kept), CHUNK_IMAGES):
             running, before = [], running
             for case, session, logits in before:

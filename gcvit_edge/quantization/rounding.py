@@ -99,7 +99,7 @@ def compensated(weight: Tensor, product: Tensor, grid: Rounded) -> Tensor:
     product = product[order][:, order]
     product = product + torch.eye(len(product)) * (DAMPING * product.diagonal().mean()).clamp_min(1e-8)
     inverse = _factor_of_inverse(product)
-    result = grid().flatten(1).clone()
+    result = grid().flatten(1)
     for start in range(0, len(order), _BLOCK):
         block = slice(start, start + _BLOCK)
         errors = torch.zeros_like(left[:, block])
