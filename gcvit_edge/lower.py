@@ -88,12 +88,14 @@ def lower_network(name: str, network: "nn.Module", precision: str, info: ModelIn
 @contextmanager
 def _without_collection() -> Iterator[None]:
     """Inside, Python does not look for cycles, which takes a sixth of an exporter's time: it makes millions of short-lived objects, among
-    hundreds of thousands that stay. Afterwards it looks once."""
+    hundreds of thousands that stay. Afterwards it looks once, at what was made since."""
     collecting = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.collect()
+        gc.unfreeze()
         if collecting:
             gc.enable()
-        gc.collect()
