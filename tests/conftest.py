@@ -1,7 +1,9 @@
 """Fixtures for every part of the suite: reference data, a small network in memory, and bundles of another for devices."""
 
+import fcntl
 import importlib.metadata
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import make_quantized
+from searched import make_searched
+from tiny import Tiny, make_ruined
 from torch import nn
 
-from gcvit_edge import export_float
+from gcvit_edge import export_float, open_bundle
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model
@@ -34,6 +40,29 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_once(name, make)` is a folder that `make(folder)` has filled once for all processes of a run, which wait for it. It is for
+    reading: a test that changes something copies it before."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all processes
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done, lock = (root / "once" / f"{name}{ending}" for ending in ("", ".done", ".lock"))
+        lock.parent.mkdir(exist_ok=True)
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made_once
 
 
 @pytest.fixture(scope="session")
@@ -124,13 +153,37 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(weights: Path, made_once: Callable[..., Path]) -> Bundle:
     """Its ONNX model: made in a few seconds."""
-    return export_float(weights=str(weights), backends=["onnx"], output=tmp_path_factory.mktemp("onnx") / "bundle", threads=1)
+    return exported(weights, made_once, "onnx")
 
 
 @pytest.fixture(scope="session")
-def pte_bundle(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def pte_bundle(weights: Path, made_once: Callable[..., Path]) -> Bundle:
     """Its .pte, for devices, and its ONNX model: every target can run one of them."""
-    output = tmp_path_factory.mktemp("pte") / "bundle"
-    return export_float(weights=str(weights), backends=["executorch", "onnx"], output=output, threads=1)
+    return exported(weights, made_once, "executorch", "onnx")
+
+
+def exported(weights: Path, made_once: Callable[..., Path], *backends: str) -> Bundle:
+    def make(folder: Path) -> None:
+        export_float(weights=str(weights), backends=backends, output=folder / "bundle", threads=1)
+
+    return open_bundle(made_once("-".join(backends), make) / "bundle")
+
+
+@pytest.fixture(scope="session")
+def quantized(made_once: Callable[..., Path], make_model: Callable[..., GCViT]) -> Callable[[str, str], Artifact]:
+    """`quantized(recipe, backend)` is a quantized artifact of a network of 32 px and 4 classes."""
+    return lambda recipe, backend: make_quantized(made_once, make_model, recipe, backend)
+
+
+@pytest.fixture(scope="session")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny network with one layer that INT8 ruins."""
+    return make_ruined(tmp_path_factory.mktemp("ruined"))
+
+
+@pytest.fixture(scope="session")
+def auto(ruined: Tiny, made_once: Callable[..., Path]) -> Bundle:
+    """What a search for that layer has found; beside it, `cache` has all that was measured for it."""
+    return open_bundle(made_once("auto", lambda folder: make_searched(ruined, folder)) / "bundle")

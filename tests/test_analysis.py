@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_ruined, make_tiny
+from tiny import CLASSES, EVALUATION_IMAGES, RUINED_LAYER, Tiny, make_tiny
 
 from gcvit_edge import analysis as module
 from gcvit_edge.analysis import drift, pareto, plan_analysis
+from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli import main
 from gcvit_edge.data import Labels, decode_images, inputs
 from gcvit_edge.lower import roundings, simulate, written
@@ -31,11 +32,6 @@ from gcvit_edge.report.plots import sensitivity_plot
 from gcvit_edge.search import Layer, rank
 
 PLAIN = "name: plain\ndescription: x\ncalibration: {images: 24}\nsearch: {ranked_by: 6}\nlimits: {max_drop: 100, min_agreement: 0}\n"
-
-
-@pytest.fixture(scope="module")
-def ruined(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_ruined(tmp_path_factory.mktemp("ruined"))
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +162,15 @@ def test_again_it_measures_nothing_and_says_the_same(
     assert again["activations"] == analysis[1]["activations"]
 
 
-def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_bundle(
+    ruined: Tiny, auto: Bundle, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = options(ruined, tmp_path / "plain.yaml")
-    assert main(["quantize", "--recipe", str(ruined.recipe), *given[2:], "--backends", "onnx", "-o", str(tmp_path / "auto")]) == 0
-    kept = json.loads((tmp_path / "auto" / "report.json").read_text())["artifacts"][0]["search"]["kept_float"]
+    kept = auto.report["artifacts"][0]["search"]["kept_float"]
     monkeypatch.setattr("gcvit_edge.analysis.lower_quantized", lambda *_: pytest.fail("the bundle has the artifact"))
-    capfd.readouterr()
-    assert main(["analyze", str(tmp_path / "auto"), *given, "--json"]) == 2
+    assert main(["analyze", str(auto.root), *given, "--json"]) == 2
     assert "a bundle is analyzed by the recipe that made it (auto); leave out --recipe" in capfd.readouterr().err
-    assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 0
+    assert main(["analyze", str(auto.root), *given[2:], "--json"]) == 0
     entry = json.loads(capfd.readouterr().out)["backends"][0]
     assert entry["kept_float"] == kept
     assert {layer["layer"] for layer in entry["layers"] if layer["kept_float"]} == set(kept)
@@ -186,7 +182,7 @@ def test_of_a_bundle(ruined: Tiny, cache: Path, tmp_path: Path, capfd: pytest.Ca
         other.head.fc.weight.neg_()
     save_checkpoint(other, describe_model(other, Labels.of(CLASSES)), tmp_path / "other.safetensors", half=False)
     given[given.index("--weights") + 1] = str(tmp_path / "other.safetensors")
-    assert main(["analyze", str(tmp_path / "auto"), *given[2:], "--json"]) == 4
+    assert main(["analyze", str(auto.root), *given[2:], "--json"]) == 4
     assert "onnx.int8 of the bundle is not of these weights: " in capfd.readouterr().err
 
 

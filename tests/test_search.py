@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from searched import hurry, order_times, searched
 from tiny import AUTO_RECIPE, RUINED_LAYER, Tiny, make_ruined, make_tiny
 
 from gcvit_edge import search as module
@@ -17,13 +18,12 @@ from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.cli import main
 from gcvit_edge.errors import UserError
 from gcvit_edge.model.gcvit import GCViT
-from gcvit_edge.pipeline import quantize
 from gcvit_edge.plan import plan
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import Limits, parse_recipe, recipe_text
 from gcvit_edge.report.search import search_lines
 from gcvit_edge.search import Layer, candidates, frontier, predicted_ms, within
-from gcvit_edge.targets.local import run_artifacts, time_artifacts
+from gcvit_edge.targets.local import run_artifacts
 
 LAYERS = [Layer("quiet", 60, 100), Layer("loud", 20, 1000), Layer("cheap", 45, 1), Layer("dear", 40, 100_000)]
 
@@ -60,47 +60,15 @@ def test_onnx_runtime_by_its_other_name(make_model: Callable[..., GCViT], onnxru
     assert known.get("a measurement", lambda: 1.0) == 1.0
 
 
-@pytest.fixture(scope="module")
-def ruined(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_ruined(tmp_path_factory.mktemp("ruined"))
-
-
-def order_times(patch: pytest.MonkeyPatch, faster: str) -> None:
-    """The result and the safe choice have the times that were measured, but the one of them that is named has the shorter one."""
-
-    def timed(artifacts: Any, *more: Any) -> Any:
-        timings = time_artifacts(artifacts, *more)
-        return [*timings[:2], *sorted(timings[2:], key=lambda timing: timing.percentile(50), reverse=faster == "safe")]
-
-    patch.setattr(module, "time_artifacts", timed)
-
-
-def hurry(patch: pytest.MonkeyPatch, cache: Path) -> None:
-    order_times(patch, "chosen")  # of so small networks, timed so shortly, either may be the faster one
-    patch.setattr("gcvit_edge.pipeline.TIMED_ROUNDS", 2)
-    patch.setattr(module, "TIMED_ROUNDS", 2)
-    patch.setenv("XDG_CACHE_HOME", str(cache))
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hurry(monkeypatch, tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
-def auto(ruined: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """ONNX Runtime's, by a search that began with an empty cache and was not interrupted."""
-    folder = tmp_path_factory.mktemp("auto")
-    with pytest.MonkeyPatch.context() as patch:
-        hurry(patch, folder / "cache")
-        return searched(ruined, folder / "bundle")
-
-
-def searched(tiny: Tiny, output: Path, **options: Any) -> Bundle:
-    return quantize(
-        str(options.pop("recipe", tiny.recipe)), weights=tiny.weights, calib=tiny.calib, eval=tiny.evaluation, output=output, threads=1,
-        backends=options.pop("backends", ["onnx"]), **options,
-    )  # fmt: skip
+@pytest.fixture
+def known(auto: Bundle, tmp_path: Path) -> Path:
+    """A copy of the cache of the search that `auto` is of."""
+    return Path(shutil.copytree(auto.root.parent / "cache", tmp_path / "cache"))
 
 
 def integer_products(bundle: Bundle) -> int:
@@ -151,19 +119,25 @@ def test_the_file_has_these_layers_in_float(ruined: Tiny, auto: Bundle, tmp_path
     assert named.artifact("onnx").path.read_bytes() == auto.artifact("onnx").path.read_bytes()
 
 
-def test_nothing_stays_float_where_plain_int8_is_within_the_limit(tmp_path: Path) -> None:
+def test_nothing_stays_float_where_plain_int8_is_within_the_limit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiny = make_tiny(tmp_path / "tiny", per_class=25)
-    recipe = tmp_path / "auto.yaml"
-    recipe.write_text(AUTO_RECIPE)
-    bundle = searched(tiny, tmp_path / "out", recipe=recipe)
-    found = bundle.report["artifacts"][0]["search"]
+    (tmp_path / "auto.yaml").write_text(AUTO_RECIPE)
+    code = main([
+        "quantize", "--recipe", str(tmp_path / "auto.yaml"), "--weights", str(tiny.weights), "--calib", str(tiny.calib),
+        "--eval", str(tiny.evaluation), "--backends", "onnx", "--max-drop", "7", "-o", str(tmp_path / "out"), "--threads", "1",
+    ])  # fmt: skip
+    captured = capfd.readouterr()
+    assert code == 0, captured.err
+    report = open_bundle(tmp_path / "out").report
+    found = report["artifacts"][0]["search"]
     assert (found["kept_float"], found["latency_ms"], len(found["tried"])) == ([], None, 1)
-    assert "so no layer stays float" in search_lines(bundle.report)[0]
+    assert report["limits"]["max_drop"] == 7
+    assert "so no layer stays float" in captured.out.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("known")
 def test_the_safe_choice_is_taken_if_it_is_faster(ruined: Tiny, auto: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with layers that are cheap in INT8 only together with their neighbours."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(auto.root.parent / "cache"))  # all but the times is known
     order_times(monkeypatch, "safe")
     bundle = searched(ruined, tmp_path / "auto")
     found = bundle.report["artifacts"][0]["search"]
@@ -199,16 +173,15 @@ def test_an_interrupted_search_goes_on_where_it_was(ruined: Tiny, auto: Bundle, 
 
 
 @pytest.mark.slow
-def test_other_ranges_are_measured_anew(ruined: Tiny, tmp_path: Path) -> None:
-    searched(ruined, tmp_path / "a")
-    known = set((tmp_path / "cache").rglob("*.jsonl"))
-    assert len(known) == 2  # of layers, and of artifacts
-    searched(make_ruined(tmp_path / "same"), tmp_path / "b")
-    assert set((tmp_path / "cache").rglob("*.jsonl")) == known  # the same weights and images in another place are the same
+def test_other_ranges_are_measured_anew(ruined: Tiny, known: Path, tmp_path: Path) -> None:
+    before = set(known.rglob("*.jsonl"))
+    assert len(before) == 2  # of layers, and of artifacts
+    searched(make_ruined(tmp_path / "same"), tmp_path / "a")
+    assert set(known.rglob("*.jsonl")) == before  # the same weights and images in another place are the same
     recipe = tmp_path / "other.yaml"
     recipe.write_text(ruined.recipe.read_text().replace("calibration: {images: 24}", "calibration: {images: 20}"))
-    searched(ruined, tmp_path / "c", recipe=recipe)
-    assert len(set((tmp_path / "cache").rglob("*.jsonl")) - known) == 2
+    searched(ruined, tmp_path / "b", recipe=recipe)
+    assert len(set(known.rglob("*.jsonl")) - before) == 2
 
 
 def test_max_drop_overrides_the_recipe(ruined: Tiny, tmp_path: Path) -> None:
@@ -247,14 +220,3 @@ def test_the_embedded_sample_holds_images_out(tmp_path: Path) -> None:
     assert job.held_out is not None
     assert (job.calibration.root.name, job.evaluation.root.name) == ("train.zip", "eval.zip")
     assert (len(job.calibration.files), len(job.held_out.files)) == (128, 872)
-
-
-def test_command_line(ruined: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = main([
-        "quantize", "--recipe", str(ruined.recipe), "--weights", str(ruined.weights), "--calib", str(ruined.calib), "--backends", "onnx",
-        "--eval", str(ruined.evaluation), "--max-drop", "7", "-o", str(tmp_path / "out"), "--threads", "1",
-    ])  # fmt: skip
-    captured = capfd.readouterr()
-    assert code == 0, captured.err
-    assert "layers stay float" in captured.out.replace("\n", " ")
-    assert open_bundle(tmp_path / "out").report["limits"]["max_drop"] == 7

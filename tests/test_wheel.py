@@ -52,7 +52,7 @@ def test_plan_on_the_embedded_sample_in_an_empty_folder(installed: Path, tmp_pat
 
 @pytest.mark.slow
 def test_quantize_and_predict_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    done = run(installed, tmp_path, "quantize", "--recipe", "int8_ptq", "--backends", "onnx", "--json")
+    done = run(installed, tmp_path, "quantize", "--recipe", "int8_ptq", "--backends", "onnx", "--eval-images", "500", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["artifacts"][0]["agreement"] >= 0.985

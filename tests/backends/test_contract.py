@@ -26,7 +26,7 @@ class Made:
     def __init__(self, name: str, folder: Path) -> None:
         torch.manual_seed(0)
         # two blocks in the first stage: a local and a global one, with several windows
-        self.model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(2, 2, 4, 8), num_classes=8, img_size=64)
+        self.model = create_model(dim=16, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 8), num_classes=8, img_size=64)
         self.info: ModelInfo = describe_model(self.model)
         self.backend: Backend = load_backend(name)
         self.recipe: Recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")

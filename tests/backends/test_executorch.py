@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gcvit_edge.backends import executorch as backend
+from gcvit_edge.backends._fast_lowering import fast_lowering
 from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import sqnr_db
@@ -33,61 +34,83 @@ def captured(model: torch.nn.Module, arithmetic: Arithmetic | None) -> torch.exp
     return backend.capture(deployed, torch.zeros(1, 3, *model.config.img_size))
 
 
-def lowered_plainly(graph: torch.export.ExportedProgram) -> tuple[Counter[str], bytes]:
+def lowered_plainly(graph: torch.export.ExportedProgram) -> bytes:
+    """As ExecuTorch's documentation says; the whole is one delegate call nevertheless."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[XnnpackPartitioner()])
     calls = Counter(str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function")
-    return calls, edge.to_executorch().buffer
+    assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
+    return edge.to_executorch().buffer
 
 
 def test_xnnpack_takes_the_float_deploy_form_of_xxt_as_one_delegate_call() -> None:
-    calls, _ = lowered_plainly(captured(create_model("gcvit_xxtiny"), None))
-    assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
+    with fast_lowering():
+        lowered_plainly(captured(create_model("gcvit_xxtiny"), None))
 
 
-@pytest.mark.parametrize("arithmetic", [None, pytest.param(backend.arithmetic(OPERATORS), marks=pytest.mark.slow)], ids=["float", "int8"])
-def test_fast_lowering_gives_the_same_file(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A graph, and the file that the backend makes of it."""
+
+    graph: torch.export.ExportedProgram
+    file: Path
+
+
+def lowered(arithmetic: Arithmetic | None, folder: Path) -> Lowered:
     model = small_model()
     graph = captured(model, arithmetic)
-    with folded_layouts():
-        calls, plain = lowered_plainly(graph)
-    assert calls == {"executorch_call_delegate": 1, "<built-in function getitem>": 1}
-    backend.save(graph, tmp_path / "model.pte", describe_model(model))
-    assert (tmp_path / "model.pte").read_bytes() == plain
+    (file,) = backend.save(graph, folder / "model.pte", describe_model(model))
+    return Lowered(graph, file)
 
 
-@pytest.mark.parametrize("arithmetic", [None, pytest.param(backend.arithmetic(OPERATORS), marks=pytest.mark.slow)], ids=["float", "int8"])
-def test_nothing_is_moved_between_tokens_and_feature_maps(arithmetic: Arithmetic | None, tmp_path: Path) -> None:
-    graph = captured(small_model(), arithmetic)
-    _, plain = lowered_plainly(graph)
-    (tmp_path / "plain.pte").write_bytes(plain)
+@pytest.fixture(scope="module")
+def small_float(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    return lowered(None, tmp_path_factory.mktemp("float"))
+
+
+@pytest.fixture(scope="module")
+def small_int8(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    return lowered(backend.arithmetic(OPERATORS), tmp_path_factory.mktemp("int8"))
+
+
+@pytest.fixture(params=["small_float", pytest.param("small_int8", marks=pytest.mark.slow)])
+def small(request: pytest.FixtureRequest) -> Lowered:
+    return request.getfixturevalue(request.param)
+
+
+def test_fast_lowering_gives_the_same_file(small: Lowered) -> None:
     with folded_layouts():
-        _, folded = lowered_plainly(graph)
-    (tmp_path / "folded.pte").write_bytes(folded)
-    moved, logits = {}, {}
-    for name in ("plain", "folded"):
-        operators, _ = backend.profile(tmp_path / f"{name}.pte", 1, IMAGES[0], 1)
-        moved[name] = sum(operator.operator.startswith("Transpose") for operator in operators)
-        logits[name] = backend.load(tmp_path / f"{name}.pte", 1)(IMAGES[0])
-    np.testing.assert_array_equal(logits["plain"], logits["folded"])
+        assert small.file.read_bytes() == lowered_plainly(small.graph)
+
+
+def test_nothing_is_moved_between_tokens_and_feature_maps(small: Lowered, tmp_path: Path) -> None:
+    (tmp_path / "plain.pte").write_bytes(lowered_plainly(small.graph))
+    moved, logits = [], []
+    for file in (small.file, tmp_path / "plain.pte"):
+        operators, _ = backend.profile(file, 1, IMAGES[0], 1)
+        moved.append(sum(operator.operator.startswith("Transpose") for operator in operators))
+        logits.append(backend.load(file, 1)(IMAGES[0]))
+    np.testing.assert_array_equal(*logits)
     # the image's; of q, k, v and the result of 6 blocks; of 2 stages' windows, and back; of the scores where one product serves all windows
-    assert moved["folded"] == 1 + 4 * 6 + 2 * 2 + 2 < moved["plain"]
+    assert moved[0] == 1 + 4 * 6 + 2 * 2 + 2 < moved[1]
 
 
 @pytest.mark.slow
-def test_dynamic_linears_load_and_are_more_exact(tmp_path: Path) -> None:
+def test_dynamic_linears_load_and_are_more_exact(small_float: Lowered, tmp_path: Path) -> None:
     """They did not load in an earlier form (`XNNCompiler::compileModel failed`); with these versions no small graph fails so."""
-    model = small_model()
+    expected = answers(small_float)
     noise = {}
     for linear in ("static", "dynamic_row"):
         arithmetic = dataclasses.replace(backend.arithmetic(OPERATORS), linear=linear, mlp=linear, delicate=linear)
-        backend.save(captured(model, arithmetic), tmp_path / f"{linear}.pte", describe_model(model))
-        run = backend.load(tmp_path / f"{linear}.pte", 1)
-        with torch.no_grad():
-            noise[linear] = sqnr_db(np.concatenate([run(x) for x in IMAGES]), model(torch.from_numpy(np.concatenate(IMAGES))).numpy())
+        noise[linear] = sqnr_db(answers(lowered(arithmetic, tmp_path)), expected)
     assert noise["dynamic_row"] > noise["static"] > 25
+
+
+def answers(artifact: Lowered) -> np.ndarray:
+    run = backend.load(artifact.file, 1)
+    return np.concatenate([run(image) for image in IMAGES])
 
 
 def test_a_graph_that_xnnpack_does_not_take_whole_is_refused(tmp_path: Path) -> None:
@@ -101,10 +124,8 @@ def test_a_graph_that_xnnpack_does_not_take_whole_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "model.pte").exists()
 
 
-def test_averages_are_told_from_linears(tmp_path: Path) -> None:
-    model = small_model()
-    backend.save(captured(model, None), tmp_path / "model.pte", describe_model(model))
-    operators, _ = backend.profile(tmp_path / "model.pte", 1, IMAGES[0], 1)
+def test_averages_are_told_from_linears(small_float: Lowered) -> None:
+    operators, _ = backend.profile(small_float.file, 1, IMAGES[0], 1)
     kinds = Counter(each.kind for each in operators if each.operator.startswith("Fully Connected"))
     norms, centred = 6 * 2 + 4 * 2 + 1, 4
     linears = 4 * 6 + 2 * 5 + 3 * 9 + 1  # of local blocks, of global ones, which have no q, of Fused-MBConvs, and the head
@@ -125,12 +146,10 @@ def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
     assert all("QS8" in each.operator and each.integer for each in products)
 
 
-def test_what_is_no_etdump_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_etdump_is_refused(small_float: Lowered, tmp_path: Path) -> None:
     from executorch.extension.pybindings import portable_lib
 
-    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
-    backend.save(captured(model, None), tmp_path / "model.pte", describe_model(model))
-    module = portable_lib._load_for_executorch(str(tmp_path / "model.pte"), enable_etdump=True)
+    module = portable_lib._load_for_executorch(str(small_float.file), enable_etdump=True)
     module.forward([torch.from_numpy(IMAGES[0])])
     file = tmp_path / "profile.etdump"
     module.write_etdump_result_to_file(str(file), str(tmp_path / "debug.bin"))

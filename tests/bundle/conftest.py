@@ -1,13 +1,14 @@
 """The bundle of a tiny network: made in seconds."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bundles import quantize
 from tiny import Tiny, make_tiny
 
-from gcvit_edge import Bundle
+from gcvit_edge import Bundle, open_bundle
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +17,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    output = tmp_path_factory.mktemp("made") / "bundle"
-    return quantize(tiny, output)
+def bundle(tiny: Tiny, made_once: Callable[..., Path]) -> Bundle:
+    return open_bundle(made_once("tiny", lambda folder: quantize(tiny, folder / "bundle")) / "bundle")
 
 
 @pytest.fixture

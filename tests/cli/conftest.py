@@ -1,8 +1,9 @@
 """The command line in an empty folder, and the bundle that it makes of a tiny network."""
 
+import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,16 @@ def command(default_signals: None, capfd: pytest.CaptureFixture[str], tmp_path: 
 
 
 @pytest.fixture(scope="session")
-def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def made(tiny: Tiny, made_once: Callable[..., Path]) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The bundle of `quantize --json`, float artifact included, in a process of its own, and what it printed."""
-    folder = tmp_path_factory.mktemp("made")
-    return folder / "bundle", gcvit("quantize", *own(tiny), "--keep-float", "-o", "bundle", "--threads", 1, "--json", cwd=folder)
+
+    def make(folder: Path) -> None:
+        (folder / "current").mkdir()
+        done = gcvit("quantize", *own(tiny), "--keep-float", "-o", "bundle", "--threads", 1, "--json", cwd=folder / "current")
+        (folder / "done.json").write_text(json.dumps(vars(done), default=str))
+
+    folder = made_once("cli", make)
+    return folder / "current" / "bundle", subprocess.CompletedProcess(**json.loads((folder / "done.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -6,23 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from quantized import IMAGES, quantized
+from quantized import IMAGES
 from target_contract import BRIEF
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import UserError
-from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.measurement.parity import MIN_SQNR_DB
-from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
-from gcvit_edge.quantization.calibrate import calibrate
-from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.report.devices import count_lines
 from gcvit_edge.targets import Case, local
 from gcvit_edge.targets.arm64 import Options, cases, connect, missing
@@ -31,25 +25,16 @@ pytestmark = pytest.mark.skipif(missing("") is not None and os.environ.get("CI")
 
 
 @pytest.fixture(scope="module")
-def images() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((4, 3, 32, 32), np.float32)
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Artifact:
+def int8(quantized: Callable[[str, str], Artifact]) -> Artifact:
     """A random network in INT8."""
-    torch.manual_seed(0)
-    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
-    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-    calibrated = calibrate(model, recipe, lambda: iter(np.split(images, len(images))))
-    return lower_quantized("executorch", calibrated, describe_model(model), recipe, tmp_path_factory.mktemp("int8"))
+    return quantized("int8_ptq", "executorch")
 
 
 @pytest.fixture(scope="module")
-def here(int8: Artifact, images: np.ndarray) -> np.ndarray:
+def here(int8: Artifact) -> np.ndarray:
     """Its logits on this machine."""
     with local.Session(int8, 1) as session:
-        return session.infer(images, lambda: None)
+        return session.infer(IMAGES, lambda: None)
 
 
 def test_float_as_here(pte_bundle: Bundle) -> None:
@@ -65,13 +50,13 @@ def test_float_as_here(pte_bundle: Bundle) -> None:
     ("cpu", "used", "lacking"), [("cortex-a53", (), ("sdot", "smmla")), ("cortex-a76", ("sdot",), ("smmla",)), ("max", ("smmla",), ())]
 )
 def test_int8_by_the_instructions_of_the_cpu(
-    cpu: str, used: tuple[str, ...], lacking: tuple[str, ...], int8: Artifact, images: np.ndarray, here: np.ndarray
+    cpu: str, used: tuple[str, ...], lacking: tuple[str, ...], int8: Artifact, here: np.ndarray
 ) -> None:
     with connect("", Options(cpu=cpu, count=True)) as arm, arm.open(Case(int8, "cpu"), 1, pinned=False) as session:
         assert arm.machine().architecture == "aarch64"
         assert arm.machine().cpu.startswith(f"{cpu} of QEMU ")
-        assert sqnr_db(session.infer(images, lambda: None), here) > 20  # not bit-exact between instruction sets
-        counts, again = session.counts(images[:1]), session.counts(images[:1])
+        assert sqnr_db(session.infer(IMAGES, lambda: None), here) > 20  # not bit-exact between instruction sets
+        counts, again = session.counts(IMAGES[:1]), session.counts(IMAGES[:1])
     assert all(counts[name] > 0 for name in used)  # `max` has dot products too, and XNNPACK takes them for some
     assert all(counts[name] == 0 for name in lacking)
     assert 0 < counts["fmla"] < counts["instructions"]
@@ -82,8 +67,8 @@ def test_int8_by_the_instructions_of_the_cpu(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["int8_ptq_full", "w4a8_ptq"])
-def test_other_integers_as_here(recipe: str, make_model: Callable[..., GCViT], tmp_path: Path) -> None:
-    artifact = quantized(make_model, recipe, "executorch", tmp_path)
+def test_other_integers_as_here(recipe: str, quantized: Callable[[str, str], Artifact]) -> None:
+    artifact = quantized(recipe, "executorch")
     with connect("", Options()) as arm, arm.open(Case(artifact, "cpu"), 1, pinned=False) as there, local.Session(artifact, 1) as here:
         assert sqnr_db(there.infer(IMAGES, lambda: None), here.infer(IMAGES, lambda: None)) > MIN_SQNR_DB[artifact.precision]
 

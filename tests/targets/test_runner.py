@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quantized import IMAGES, quantized
+from quantized import IMAGES
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.native.build import RunnerFiles, build_runner
 from gcvit_edge.targets import Case, local
 from gcvit_edge.targets._cpus import fastest_here
@@ -45,8 +44,8 @@ def test_same_bits_as_the_python_runtime(runner: RunnerFiles, pte_bundle: Bundle
 
 
 @pytest.mark.parametrize("recipe", ["int8_ptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8_ptq_full", "w4a8_ptq"))])
-def test_same_bits_in_integers(runner: RunnerFiles, make_model: Callable[..., GCViT], recipe: str, tmp_path: Path) -> None:
-    artifact = quantized(make_model, recipe, "executorch", tmp_path)
+def test_same_bits_in_integers(runner: RunnerFiles, quantized: Callable[[str, str], Artifact], recipe: str) -> None:
+    artifact = quantized(recipe, "executorch")
     with NativeRunner(runner, Options()).open(Case(artifact, "cpu"), 1, pinned=False) as native, local.Session(artifact, 1) as python:
         np.testing.assert_array_equal(native.infer(IMAGES, lambda: None), python.infer(IMAGES, lambda: None))
 

@@ -20,13 +20,13 @@ import numpy as np
 import psutil
 import pytest
 from boards import need
-from quantized import IMAGES, quantized
+from quantized import IMAGES
 from target_contract import check_target
 
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import sqnr_db
-from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.targets import Case, local, web
 from gcvit_edge.targets.web import _runtime
 from gcvit_edge.targets.web._browser import Browser, browser_version, find_browser
@@ -196,10 +196,10 @@ def test_a_tab_that_crashes(usable: None, bundle: Bundle, temporary: Path) -> No
 
 @pytest.mark.parametrize(("recipe", "usual"), [("int8_ptq", 60), ("int4_weights", 60), ("w4a8_ptq", 30)])
 def test_integers_give_what_the_native_runtime_gives(
-    usable: None, make_model: Callable[..., GCViT], recipe: str, usual: float, tmp_path: Path
+    usable: None, quantized: Callable[[str, str], Artifact], recipe: str, usual: float
 ) -> None:
     """Sums in another order may round one value of an image to another integer; a wrong kernel shows in all images."""
-    artifact = quantized(make_model, recipe, "onnx", tmp_path)
+    artifact = quantized(recipe, "onnx")
     with (
         web.connect("", web.Options()) as browser,
         browser.open(Case(artifact, "wasm"), 2, pinned=False) as page,
