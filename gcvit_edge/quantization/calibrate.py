@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.quantization.centering import centre
-from gcvit_edge.quantization.equalization import equalize
+from gcvit_edge.quantization.equalization import equalize, equalize_streams
 from gcvit_edge.quantization.keep import kept_layers
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
@@ -57,6 +57,8 @@ def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence
         smooth(network, images())
     if recipe.equalization:
         equalize(network, images())
+        if "residual" in recipe.operators:
+            equalize_streams(network, images())
 
     rounded, grids = copy.deepcopy(network), weight_grids(network, recipe.operators, recipe.precision)
     if recipe.rounding == "adaptive":

@@ -10,7 +10,7 @@ from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.deploy import rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.centering import centre
-from gcvit_edge.quantization.equalization import equalize
+from gcvit_edge.quantization.equalization import equalize, equalize_streams
 from gcvit_edge.quantization.smoothing import smooth
 
 FORMS = {
@@ -21,7 +21,7 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=[centre, smooth, equalize])
+@pytest.fixture(scope="module", params=[centre, smooth, equalize, equalize_streams])
 def changed(request: pytest.FixtureRequest, deployed: nn.Module) -> nn.Module:
     network = copy.deepcopy(deployed)
     request.param(network, IMAGES)

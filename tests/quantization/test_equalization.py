@@ -1,6 +1,7 @@
 """Equalization: exact, and every channel of the outputs has one range."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 
 from gcvit_edge.model.deploy import Attention, Gain, rewrite
 from gcvit_edge.model.form import Form
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.channels import extremes, highest
-from gcvit_edge.quantization.equalization import equalize, outputs
+from gcvit_edge.quantization.equalization import equalize, equalize_streams, outputs, streams
 from gcvit_edge.quantization.smoothing import smooth
+from gcvit_edge.recipe import parse_recipe, recipe_text
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,25 @@ def test_gains_that_a_form_does_not_want_are_folded(equalized: nn.Module) -> Non
     assert len(gates) > 4
     assert all("downsample.conv_block" in name or "global_query" in name for name in gates)
     assert len(scaled(Form())) == len(gates) + 2 * 7
+
+
+@torch.no_grad()
+def test_streams_have_one_range_by_channel(deployed: nn.Module) -> None:
+    network = copy.deepcopy(deployed)
+    equalize_streams(network, IMAGES)
+    spread = {}
+    for each in (deployed, network):
+        found = list(streams(each))
+        assert [len(stream.points) for stream in found] == [5, 5, 5, 3]  # what enters, and two sums a block
+        points = {name: point for stream in found for name, point in stream.points.items()}
+        ends = extremes(each, points, IMAGES)
+        magnitudes = [torch.stack([highest(ends[name]) for name in stream.points]).amax(0) for stream in found]
+        spread[each] = [float(magnitude.max() / magnitude.min()) for magnitude in magnitudes]
+    assert max(spread[network]) < 1.01 < 1.5 < min(spread[deployed])
+
+
+@pytest.mark.parametrize(("operators", "scaled"), [(("linear", "conv"), False), (("linear", "conv", "residual"), True)])
+def test_streams_are_for_additions_in_integers(make_model: Callable[..., GCViT], operators: tuple[str, ...], scaled: bool) -> None:
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq").model_copy(update={"operators": operators, "rounding": "nearest"})
+    network = calibrate(make_model(), recipe, lambda: iter(IMAGES)).network
+    assert all(bool((norm.gain.value != 1).any()) == scaled for stream in streams(network) for norm in stream.readers)

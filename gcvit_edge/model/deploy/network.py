@@ -6,7 +6,7 @@ from gcvit_edge.model import gcvit
 from gcvit_edge.model.deploy.attention import Block
 from gcvit_edge.model.deploy.convolutional import Downsample, GlobalQuery
 from gcvit_edge.model.deploy.folding import centred, fold_affine, linear
-from gcvit_edge.model.deploy.primitives import Centre, RMSNorm, feature_map, tokens
+from gcvit_edge.model.deploy.primitives import Centre, Gain, RMSNorm, feature_map, tokens
 
 
 class Stage(nn.Module):
@@ -19,7 +19,7 @@ class Stage(nn.Module):
         down = stage.downsample if isinstance(stage.downsample, gcvit.Downsample) else model.stem.down
         self.downsample = Downsample(down, (2 * self.size[0], 2 * self.size[1]))
         self.global_query = GlobalQuery(stage.global_block, self.size)
-        self.centre = Centre(self.dim)
+        self.centre, self.gain = Centre(self.dim), Gain(self.dim)
         blocks: list[gcvit.Block] = list(stage.blocks)  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(Block(block, self.rows * self.cols) for block in blocks)
 
@@ -27,13 +27,14 @@ class Stage(nn.Module):
         """Centred tokens (B * 2H * 2W, C_in) -> centred tokens (B * H * W, C)."""
         x = self.downsample(x)
         query = self.global_query(x)
-        x = self.partition(self.centre(x))
+        x = self.enter(x)
         for block in self.blocks:
             x = block(x, query)  # which keeps it centred
         return self.reverse(x)
 
-    def partition(self, x: Tensor) -> Tensor:
-        """(B * H * W, C) -> (B * windows * N, C)."""
+    def enter(self, x: Tensor) -> Tensor:
+        """Tokens (B * H * W, C) -> the residual stream of the blocks, (B * windows * N, C)."""
+        x = self.gain(self.centre(x))
         if self.rows * self.cols > 1:
             x = x.reshape(-1, self.window[0], self.cols, self.window[1] * self.dim).permute(0, 2, 1, 3)
         return x.reshape(-1, self.dim)

@@ -39,7 +39,7 @@ def parts(deployed: nn.Module) -> list[Part]:
 def _enter(stage: Any) -> Callable[[State], State]:
     def run(state: State) -> State:
         x = stage.downsample(*state)
-        return stage.partition(stage.centre(x)), stage.global_query(x)
+        return stage.enter(x), stage.global_query(x)
 
     return run
 

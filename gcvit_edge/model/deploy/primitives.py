@@ -36,7 +36,7 @@ class Point(nn.Identity):
 
 
 class Gain(Written):
-    """A factor by channel of the output of a layer, on its last axis: 1 until channels are scaled."""
+    """A factor by channel, on the last axis: 1 until channels are scaled."""
 
     value: Tensor
     scaled = True
@@ -85,9 +85,11 @@ def feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class RMSNorm(Written):
-    """weight * x / sqrt(mean(x^2) + eps). The weight is 1, the norm's own being in the layers behind it, until channels are scaled."""
+    """weight * x / sqrt(mean(x^2) + eps). The weight is 1, the norm's own being in the layers behind it, until channels are scaled; the
+    gain is of what it reads."""
 
     weight: Tensor
+    factor: Tensor
     average: Tensor
     eps: Tensor
 
@@ -95,20 +97,22 @@ class RMSNorm(Written):
         super().__init__()
         # in ONNX the operator has a weight; if none is given, the exporter makes one of the size of x
         self.register_buffer("weight", torch.ones(dim))
+        self.gain = Gain(dim)
 
     def write(self, form: Form) -> None:
         super().write(form)
-        if form.norm == "products":
-            dim = self.weight.numel()
-            self.register_buffer("average", torch.full((1, dim), 1 / dim))
+        if form.norm == "products":  # into which the gain goes
+            gain = self.gain.value
+            self.register_buffer("average", (gain * gain / len(gain))[None])
             self.register_buffer("eps", torch.full((1,), NORM_EPS))
-            self.scaled = bool((self.weight != 1).any())
+            self.register_buffer("factor", self.weight * gain)
+            self.scaled = bool((self.factor != 1).any())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form.norm == "operator":
-            return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+            return F.rms_norm(self.gain(x), self.weight.shape, self.weight, NORM_EPS)
         x = x * torch.rsqrt(F.linear(x * x, self.average, self.eps))
-        return x * self.weight if self.scaled else x
+        return x * self.factor if self.scaled else x
 
 
 class AffineNorm(RMSNorm):
