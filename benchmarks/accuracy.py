@@ -82,6 +82,7 @@ ROWS = (
     Row("int8_ptq, nearest rounding", "int8_ptq", changed(rounding="nearest")),
     Row("int8_ptq, nearest rounding, bias correction", "int8_ptq", changed(rounding="nearest", bias_correction=True), ("openvino",)),
     Row("int8_ptq_full, every fifth image", "int8_ptq_full"),
+    Row("int8_ptq_full, no equalization", "int8_ptq_full", changed(equalization=False)),
     Row("int8_ptq_full, range of the softmax fixed", "int8_ptq_full", calibration(unit_softmax=True), ("openvino", "onnx")),
     Row("int4_weights, every fifth image", "int4_weights", backends=("onnx",)),
     Row("int4_weights, nearest rounding, bias correction", "int4_weights", changed(rounding="nearest", bias_correction=True), ("onnx",)),
