@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gcvit_edge.errors import UserError, nearest
+from gcvit_edge.paths import require_file
 
 
 class Section(BaseModel):
@@ -53,10 +54,9 @@ def read_text(path: Path, what: str) -> str:
     Raises:
         UserError: the file is missing, or no text in UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{what} file {path} does not exist")
+    require_file(path, f"{what} file")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that editors on Windows put first
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {what} {path}: {error}; give a text file in UTF-8") from error
 

@@ -13,8 +13,8 @@ import gcvit_edge
 from gcvit_edge import Bundle
 
 FILES = [
-    "README.md", "bundle.json", "golden/input.npy", "golden/onnx.int8.npy", "labels.txt", "model.int8.onnx", "preprocessor_config.json",
-    "report.json",
+    "README.md", "bundle.json", "golden/image.npy", "golden/image.png", "golden/input.npy", "golden/onnx.int8.npy", "labels.txt",
+    "model.int8.onnx", "preprocessor_config.json", "report.json",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def replace_listed(root: Path, name: str, content: bytes) -> None:
     edit_manifest(root, change)
 
 
-def replace_golden(root: Path, logits: np.ndarray) -> None:
-    np.save(root / "changed.npy", logits)
-    replace_listed(root, "golden/onnx.int8.npy", (root / "changed.npy").read_bytes())
+def replace_golden(root: Path, tensor: np.ndarray, name: str = "onnx.int8") -> None:
+    np.save(root / "changed.npy", tensor)
+    replace_listed(root, f"golden/{name}.npy", (root / "changed.npy").read_bytes())
     (root / "changed.npy").unlink()

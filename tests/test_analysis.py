@@ -271,7 +271,7 @@ def test_what_cannot_be_is_refused(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refuses(*given, "-o", str(tmp_path / "out"))
-    assert "plots need matplotlib, which is not installed: pip install gcvit-edge[analyze]" in message
+    assert "plots need matplotlib, which is not installed: pip install matplotlib" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -16,8 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import Runner, load_backend
-from gcvit_edge.bundle.manifest import GOLDEN_INPUT, MANIFEST, Manifest, golden_output, read_manifest, sha256
+from gcvit_edge.backends import Runner, load_backend, package_version
+from gcvit_edge.bundle.manifest import (
+    GOLDEN_IMAGE,
+    GOLDEN_INPUT,
+    GOLDEN_PREPROCESSED,
+    MANIFEST,
+    Manifest,
+    golden_output,
+    read_manifest,
+    sha256,
+)
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
 from gcvit_edge.measurement.parity import Parity
@@ -25,15 +34,16 @@ from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.targets import Case
 from gcvit_edge.targets.local import Session, default_threads
 
+_MAX_LEVELS = 1.5  # of 255: resampling may round otherwise
 _MAX_MANIFEST_BYTES = 2**24  # labels of 20,000 classes take half a million
 
 
 class Bundle:
-    """An opened bundle. root: its folder. manifest: the validated bundle.json. left_out: files of a zip that the manifest does not list,
-    so they were not unpacked."""
+    """An opened bundle. path: the folder or zip. root: the folder of its files. manifest: the validated bundle.json. left_out: files of
+    a zip that the manifest does not list, so they were not unpacked."""
 
-    def __init__(self, root: Path, manifest: Manifest, left_out: Sequence[str] = ()) -> None:
-        self.root, self.manifest, self._left_out = root, manifest, left_out
+    def __init__(self, path: Path, root: Path, manifest: Manifest, left_out: Sequence[str] = ()) -> None:
+        self.path, self.root, self.manifest, self._left_out = path, root, manifest, left_out
 
     @property
     def info(self) -> ModelInfo:
@@ -143,15 +153,17 @@ class Bundle:
             return np.lib.format.read_array(file)
 
     def verify(self) -> dict[str, Parity]:
-        """Recomputes every hash, then replays the golden tensors of every artifact in its runtime, in a fresh process.
+        """Recomputes every hash, preprocesses the golden image, then replays the golden tensors of every artifact in its runtime, in a
+        fresh process.
 
         Returns how each artifact, by name, reproduced its golden logits.
 
         Raises:
-            CheckFailed: a file is missing, changed or not listed.
+            CheckFailed: a file is missing, changed or not listed, or preprocessing gives another input.
             WrongAnswer: an artifact gives other logits than it should.
         """
         self._verify_files()
+        self._verify_preprocessing()
         return {artifact.name: self._replay(artifact) for artifact in self.artifacts}
 
     def _verify_files(self) -> None:
@@ -174,6 +186,18 @@ class Bundle:
         extra = sorted(held.union(self._left_out) - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
+
+    def _verify_preprocessing(self) -> None:
+        if not any(file.path == GOLDEN_IMAGE for file in self.manifest.files):
+            return  # of a bundle from before there was one
+        got, expected = read_image(self.root / GOLDEN_IMAGE, self.info.preprocessing), self._tensor(GOLDEN_PREPROCESSED)
+        std = np.array(self.info.preprocessing.std, np.float32)[:, None, None]
+        levels = float(np.abs((got - expected) * std).max()) * 255
+        if levels > _MAX_LEVELS:
+            raise CheckFailed(
+                f"{GOLDEN_IMAGE} preprocessed here differs from {GOLDEN_PREPROCESSED} by up to {levels:.0f} of 255 levels, "
+                f"expected at most {_MAX_LEVELS}; Pillow is {package_version('pillow')} here"
+            )
 
     def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
@@ -214,7 +238,7 @@ def open_bundle(path: str | Path) -> Bundle:
     if path.is_file() and zipfile.is_zipfile(path):
         return _unpack(path)
     if path.is_dir():
-        return Bundle(path, read_manifest(path, path))
+        return Bundle(path, path, read_manifest(path, path))
     raise UserError(f"{path} is no bundle; give a folder or zip that gcvit-edge quantize or export made")
 
 
@@ -232,7 +256,7 @@ def _unpack(path: Path) -> Bundle:
             for file in manifest.files:
                 _extract(archive, file.path, file.size_bytes, root)
             listed = {MANIFEST, *(file.path for file in manifest.files)}
-            return Bundle(root, manifest, [name for name in archive.namelist() if name not in listed and not name.endswith("/")])
+            return Bundle(path, root, manifest, [name for name in archive.namelist() if name not in listed and not name.endswith("/")])
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # nothing is wrong with the bundle

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gcvit_edge.bundle.manifest import MANIFEST
 from gcvit_edge.errors import UserError
+from gcvit_edge.paths import require_folder
 
 
 @contextmanager
@@ -78,18 +79,29 @@ def _zip(root: Path, output: Path) -> None:
                 archive.write(path, path.relative_to(root).as_posix())
 
 
+def _names_in_zip(path: Path) -> list[str]:
+    """None, if it is no zip or a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return []
+
+
 def check_output(output: Path, force: bool, scratch: Path | None = None) -> None:
     """Refuses an output that would overwrite something. scratch: a folder that may lie in it.
 
     Raises:
         UserError: `output` exists and is not an empty folder; with `force`, only if it is no bundle either, or cannot be replaced.
+            Or a folder that it would be in is a file.
     """
     if not output.exists():
+        require_folder(output.parent)
         return
     content = [path.name for path in output.iterdir() if path != scratch] if output.is_dir() else [output.name]
     if not content:
         return
-    is_bundle = (output / MANIFEST).is_file() or (zipfile.is_zipfile(output) and MANIFEST in zipfile.ZipFile(output).namelist())
+    is_bundle = (output / MANIFEST).is_file() or MANIFEST in _names_in_zip(output)
     if is_bundle and not force:
         raise UserError(f"{output} exists and holds a bundle; give --force to replace it, or another --output")
     if is_bundle and (output.resolve() == Path.cwd() or output.is_mount()):

@@ -14,7 +14,9 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend, package_version
 from gcvit_edge.bundle.manifest import (
     FORMAT_VERSION,
+    GOLDEN_IMAGE,
     GOLDEN_INPUT,
+    GOLDEN_PREPROCESSED,
     File,
     Manifest,
     RecipeCopy,
@@ -23,6 +25,7 @@ from gcvit_edge.bundle.manifest import (
     golden_output,
     write_manifest,
 )
+from gcvit_edge.data import draw_chart, read_image
 from gcvit_edge.measurement.accuracy import Logits
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.report.card import model_card
@@ -46,7 +49,9 @@ def pack(
         files += [describe_file(stage, path, "artifact_data", artifact) for path in artifact.files[1:]]
     (stage / GOLDEN_INPUT).parent.mkdir()
     np.save(stage / GOLDEN_INPUT, golden)
-    files.append(describe_file(stage, stage / GOLDEN_INPUT, "golden"))
+    draw_chart().save(stage / GOLDEN_IMAGE)
+    np.save(stage / GOLDEN_PREPROCESSED, read_image(stage / GOLDEN_IMAGE, info.preprocessing))
+    files += [describe_file(stage, stage / name, "golden") for name in (GOLDEN_INPUT, GOLDEN_IMAGE, GOLDEN_PREPROCESSED)]
     for artifact, logits in artifacts.items():
         np.save(stage / golden_output(artifact), logits)
         files.append(describe_file(stage, stage / golden_output(artifact), "golden", artifact))

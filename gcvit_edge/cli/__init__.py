@@ -6,6 +6,7 @@ together, errors become exit codes, and output is kept apart: standard output ha
 """
 
 import argparse
+import errno
 import gc
 import json
 import signal
@@ -25,6 +26,7 @@ from gcvit_edge.interruption import interrupted
 from gcvit_edge.registry import load_module, module_names
 
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hangup
+_UNREACHABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}  # of a path that a user gave
 
 EXIT_CODES = """\
 exit codes:
@@ -106,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if is_unwritable(error):
                 raise  # to the entry point
+            if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+                errors.print(f"error: {error.filename}: {error.strerror}; give another path", markup=False, highlight=False, soft_wrap=True)
+                return UserError.exit_code
             errors.print_exception()
             errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
             return 1

@@ -74,7 +74,7 @@ def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> 
         help=f"{', '.join(target_names())} (some take :ADDRESS), or a name from the devices file; may be given again (default: local)",
     )  # fmt: skip
     parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if it is needed)")
-    parser.add_argument("--backend", nargs="+", action="extend", metavar="B", help="only the artifacts of these backends (default: all)")
+    add_backend(parser, "only the artifacts of this backend; may be given again (default: all)")
     if evaluates:
         text = "CPU threads of an artifact on targets that run one at a time (default: all CPUs; others run several, with one thread each)"
         parser.add_argument("--threads", type=int, metavar="N", help=text)
@@ -89,6 +89,11 @@ def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> 
             parser.add_argument(flag, action="store_true", default=None, help=text)
         else:
             parser.add_argument(flag, type=kind, metavar=name.split("_")[-1].upper(), help=text)
+
+
+def add_backend(parser: argparse.ArgumentParser, text: str) -> None:
+    """--backend, once for each: with several values it would take a BUNDLE that follows it for one."""
+    parser.add_argument("--backend", action="append", metavar="B", help=text)
 
 
 def devices(arguments: argparse.Namespace) -> "list[Device]":

@@ -90,7 +90,7 @@ def captured_noise() -> Iterator[Streams]:
 
 @contextmanager
 def _stream(descriptor: int) -> Iterator[IO[str]]:
-    stream = os.fdopen(descriptor, "w", closefd=False)
+    stream = os.fdopen(descriptor, "w", errors="backslashreplace", closefd=False)  # names of files may be no text
     try:
         yield stream
     finally:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_model_options, add_threads, add_training_options, model_options
+from gcvit_edge.cli._options import add_backend, add_model_options, add_threads, add_training_options, model_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--calib", type=Path, metavar="DIR", help="calibrates, and what does not calibrate measures sensitivity")
     images.add_argument("--eval", type=Path, metavar="DIR", help="measures the drift of classes; other images than --calib")
     add_training_options(parser)
-    parser.add_argument(
-        "--backend", nargs="+", action="extend", metavar="B", help="only these backends (default: those of the bundle or recipe)"
-    )
+    add_backend(parser, "only this backend; may be given again (default: those of the bundle or recipe)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="also write analysis.json and plots (PNG, SVG) here")
     add_threads(parser)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.cli._options import add_model_options, model_options
+from gcvit_edge.cli._output import is_unwritable
 from gcvit_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
-    from safetensors import SafetensorError
-
     from gcvit_edge.cli import Result
     from gcvit_edge.model.checkpoint import save_checkpoint
     from gcvit_edge.model.create import load_model
@@ -53,7 +52,9 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     info = info.model_copy(update={"origin": info.origin.model_copy(update=changes)})
     try:
         save_checkpoint(model, info, output, half=arguments.half)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        if is_unwritable(error):
+            raise  # a full disk has its own exit code
         raise UserError(f"cannot write {output}: {error}; choose another --output") from error
     lines = [f"{output}: {info.name}, {len(info.labels.names)} classes, licence {info.origin.licence}, origin {info.origin.source}"]
     return Result({"file": str(output), **info.model_dump()}, lines)

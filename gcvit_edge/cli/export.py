@@ -33,4 +33,5 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
         **model_options(arguments), backends=arguments.backends, output=arguments.output, threads=arguments.threads,
         force=arguments.force, zip=arguments.zip, steps=Steps(errors),
     )  # fmt: skip
-    return Result(bundle.report, [timing_table(f"{bundle.info.name}, float", bundle.report["artifacts"])])
+    table = timing_table(f"{bundle.info.name}, float", bundle.report["artifacts"])
+    return Result(bundle.report | {"bundle": str(bundle.path)}, [table, f"bundle: {bundle.path}"])

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     skipped = skipped_lines(report["skipped_images"])
     tables = [*training, results_table(report), *search_lines(report), seconds_table(report["seconds"])]
     shown = [*tables, *skipped, f"bundle: {job.output}"]
-    return Result(report, shown, error)
+    return Result(report | {"bundle": str(job.output)}, shown, error)
 
 
 def _readable(value: object) -> str:

@@ -1,6 +1,8 @@
 """Images and labels. No torch."""
 
+from gcvit_edge.data.chart import draw_chart as draw_chart
 from gcvit_edge.data.decoding import Pixels as Pixels
+from gcvit_edge.data.decoding import Undecodable as Undecodable
 from gcvit_edge.data.decoding import decode_images as decode_images
 from gcvit_edge.data.decoding import decoder as decoder
 from gcvit_edge.data.decoding import find_readable as find_readable

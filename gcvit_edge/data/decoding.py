@@ -1,12 +1,11 @@
 """Image files decoded: all of a folder into one array on disk, or one into the network's input."""
 
 import io
-import lzma
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -14,16 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gcvit_edge.data.folder import IMAGE_SUFFIXES, ImageFolder
-from gcvit_edge.data.preprocessing import Preprocessing
+from gcvit_edge.data.folder import ImageFolder
+from gcvit_edge.data.preprocessing import Preprocessing, check_shape, upright_rgb
 from gcvit_edge.errors import UserError
+from gcvit_edge.paths import require_file
 
 MAX_UNREADABLE = 0.05  # fraction of images that may fail to decode before it is an error
-# of Pillow; of an archive, whose members may be encrypted or compressed in a way that Python does not read (RuntimeError)
-_UNDECODABLE = (
-    OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """What is there of an image that does not decode. reason: the decoder's own words."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path,
         UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
         OSError: the disk is full. Were the file mapped to write it, that would end the process.
     """
-    kept, skipped = [], []
+    kept: list[int] = []
+    skipped: dict[str, Undecodable] = {}
     with ThreadPoolExecutor() as pool, file.open("wb") as out:
         _write_header(out, len(images.files), preprocessing)
         for position, pixels in enumerate(pool.map(decoder(images.root, preprocessing.pixels), images.files)):
             advance()
-            if pixels is None:
-                skipped.append(images.files[position])
+            if isinstance(pixels, Undecodable):
+                skipped[images.files[position]] = pixels
             else:
                 out.write(pixels.tobytes())
                 kept.append(position)
@@ -79,38 +82,46 @@ def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: N
     """
 
     def probe(image: Image.Image) -> NDArray[np.uint8]:
+        check_shape(image)
         image.draft("RGB", (1, 1))  # for JPEG: all of the file is read, at an eighth of the resolution
-        image.load()
+        upright_rgb(image)
         return np.empty(0, np.uint8)
 
-    kept, skipped = [], []
+    kept: list[int] = []
+    skipped: dict[str, Undecodable] = {}
     with ThreadPoolExecutor() as pool:
         for position, found in enumerate(pool.map(decoder(images.root, probe), images.files)):
             advance()
-            (skipped if found is None else kept).append(position)
-    _check_skipped(images, [images.files[position] for position in skipped])
+            if isinstance(found, Undecodable):
+                skipped[images.files[position]] = found
+            else:
+                kept.append(position)
+    _check_skipped(images, skipped)
     return np.array(kept, np.int64)
 
 
-def _check_skipped(images: ImageFolder, skipped: list[str]) -> None:
+def _check_skipped(images: ImageFolder, skipped: dict[str, Undecodable]) -> None:
     if len(skipped) > max(1, MAX_UNREADABLE * len(images.files)) or len(skipped) == len(images.files):
+        named = [f"{name} ({undecodable.reason})" for name, undecodable in islice(skipped.items(), 5)]
         raise UserError(
-            f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(skipped[:5])}"
+            f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(named)}"
             + (", ..." if len(skipped) > 5 else "")
             + "; repair or remove them"
         )
 
 
-def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> Callable[[str], NDArray[np.uint8] | None]:
-    """A function from a name below `root`, a folder or a .zip, to what `convert` makes of the image; None if it does not decode."""
+def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> Callable[[str], NDArray[np.uint8] | Undecodable]:
+    """A function from a name below `root`, a folder or a .zip, to what `convert` makes of the image."""
     archive = None if root.is_dir() else zipfile.ZipFile(root)  # reads from several threads are safe
 
-    def decode(name: str) -> NDArray[np.uint8] | None:
+    def decode(name: str) -> NDArray[np.uint8] | Undecodable:
         try:
             with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
                 return convert(image)
-        except _UNDECODABLE:
-            return None
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file raises whatever its decoder stumbles over; one of thousands must not end the run
+            return Undecodable(str(error) or type(error).__name__)
 
     return decode
 
@@ -121,11 +132,10 @@ def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     Raises:
         UserError: the file is missing or does not decode.
     """
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist")
+    require_file(path, "image")
     pixels = decoder(path.parent, preprocessing.pixels)(path.name)
-    if pixels is None:
-        raise UserError(f"image {path} does not decode; supported: {', '.join(sorted(IMAGE_SUFFIXES))}")
+    if isinstance(pixels, Undecodable):
+        raise UserError(f"image {path} does not decode: {pixels.reason}; give a file that Pillow reads, such as .jpg, .png or .webp")
     return preprocessing.normalize(pixels)
 
 

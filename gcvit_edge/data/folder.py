@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,9 @@ def find_images(root: Path, purpose: str) -> ImageFolder:
     """Lists the images of a folder, behind symbolic links too, or of a .zip; `purpose` is what error messages call them.
 
     Raises:
-        UserError: `root` does not exist, is neither a folder nor a zip archive that Python reads, or holds no image.
+        UserError: `root` does not exist, is neither a folder nor a zip archive that Python reads, or holds no image, or one whose
+            name is not UTF-8.
+        OSError: a folder in it may not be read.
     """
     if not root.exists():
         raise UserError(f"{purpose} folder {root} does not exist; give a folder (or .zip) with one sub-folder of images a class")
@@ -70,11 +73,22 @@ def find_images(root: Path, purpose: str) -> ImageFolder:
         raise UserError(f"{purpose} images: {root} is neither a folder nor a zip archive")
     if not names:
         raise UserError(f"{purpose} folder {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for name in filter(_undecoded, names):
+        raise UserError(f"{purpose} images: the name {name!a} in {root} is not UTF-8; rename it")
     return ImageFolder(root, tuple(names), tuple(Path(name).parts[0] if "/" in name else "" for name in names))
 
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.endswith("/") and not any(map(_left_behind, Path(name).parts))
+
+
+def _undecoded(name: str) -> bool:
+    """Whether it has bytes that are no UTF-8, as of an old archive: neither a report nor a terminal can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _left_behind(name: str) -> bool:
@@ -83,11 +97,15 @@ def _left_behind(name: str) -> bool:
 
 
 def _names_below(root: Path) -> Iterator[str]:
-    for path, folders, files in os.walk(root, followlinks=True):
+    for path, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         folder = Path(path)
         above = {os.path.realpath(each) for each in (folder, *folder.parents)}  # a link to one of them would be followed for ever
         folders[:] = [name for name in folders if not _left_behind(name) and os.path.realpath(folder / name) not in above]
         yield from ((folder / name).relative_to(root).as_posix() for name in files)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error  # os.walk would leave the folder out
 
 
 def _names_in(archive: Path, purpose: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from gcvit_edge.errors import UserError
@@ -20,6 +20,11 @@ _INTERPOLATION = {int(value): name for name, value in RESAMPLING.items()}
 _ALWAYS = ("do_resize", "do_rescale", "do_normalize")
 _KNOWN = ("do_center_crop", "do_convert_rgb")
 _OF_CHANNELS = Field(min_length=3, max_length=3)
+_LONGEST = 100  # times the shorter side: of a strip 20,000 pixels long and one wide, the resize would be of gigabytes
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Preprocessing(Section):
@@ -86,14 +91,30 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as its EXIF orientation wants it shown, in RGB; of 16 bits of grey the upper 8, as of 16 bits of colour.
 
     Raises:
-        ValueError: pixels of 32 bits, for which nothing says what is white.
+        ValueError: pixels of 32 bits, for which nothing says what is white; or as `check_shape`.
     """
-    image = ImageOps.exif_transpose(image)
+    check_shape(image)
+    image.load()
+    # Pillow's own `exif_transpose` also writes all of the EXIF block anew, and fails where one of its tags is of an odd type
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def check_shape(image: Image.Image) -> None:
+    """Refuses lines, such as spacers of web pages.
+
+    Raises:
+        ValueError: one side is over 100 times as long as the other.
+    """
+    short, long = sorted(image.size)
+    if long > _LONGEST * short:
+        raise ValueError(f"{image.width}x{image.height} pixels, expected at most {_LONGEST} times as many on one side as on the other")
 
 
 def default_preprocessing(size: tuple[int, int], crop_pct: float, squash: bool = False) -> Preprocessing:
@@ -130,7 +151,7 @@ def _from_huggingface(data: dict[str, Any], resize: dict[str, Any], crop: dict[s
         "size": (size["height"], size["width"]),
         "resize": min(size.values()) if squash else resize["shortest_edge"],
         "mode": "squash" if squash else "shortest_edge",
-        "interpolation": _INTERPOLATION[data.get("resample", 3)],
+        "interpolation": _INTERPOLATION[data["resample"]],
         "mean": data["image_mean"],
         "std": data["image_std"],
     }
@@ -154,7 +175,7 @@ def _beyond(data: dict[str, Any], resize: dict[str, Any], crop: dict[str, Any]) 
     found |= {key: data[key] for key in data if data[key] and key not in (*_ALWAYS, *_KNOWN) and key.startswith(("do_", "crop_pct"))}
     if not math.isclose(data.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-5):  # float32 rounds it
         found["rescale_factor"] = data["rescale_factor"]
-    if data.get("resample", 3) not in _INTERPOLATION:
+    if data["resample"] not in _INTERPOLATION:  # where it is absent, processors differ in what they take
         found["resample"] = data["resample"]
     right = bool(crop) if set(resize) == {"shortest_edge"} else set(resize) == {"height", "width"} and crop in ({}, resize)
     if not right:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from gcvit_edge.data import Labels, Preprocessing
@@ -60,6 +60,8 @@ def read_checkpoint(source: str) -> Checkpoint:
     """
     from_hub = source.startswith(hub.PREFIX)
     path = hub.download(source) if from_hub else Path(source)
+    if path.is_dir():
+        raise UserError(f"checkpoint {source} is a folder; give the .safetensors or .pth file in it")
     if not path.is_file():
         raise UserError(f"checkpoint {source} does not exist; give a .safetensors or .pth file, or hf-hub:ID")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
@@ -89,10 +91,19 @@ def read_checkpoint(source: str) -> Checkpoint:
 
 
 def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) -> None:
-    """Writes the model as safetensors in our layout, `info` in the metadata; weights as float16 if `half`."""
+    """Writes the model as safetensors in our layout, `info` in the metadata; weights as float16 if `half`.
+
+    Raises:
+        OSError: the file cannot be written; what was there before still is.
+    """
     dtype = torch.float16 if half else torch.float32
     state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-    save_file(state, path, {"format": "pt", _METADATA_KEY: info.model_dump_json()})
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(save(state, {"format": "pt", _METADATA_KEY: info.model_dump_json()}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def variant_of(config: GCViTConfig) -> str | None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import EQUAL_DB
+from gcvit_edge.paths import require_folder
 from gcvit_edge.report.table import epochs_table
 
 JSON = "analysis.json"
@@ -92,10 +93,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else, or matplotlib is missing.
     """
+    require_folder(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / JSON).is_file())):
         raise UserError(f"{folder} exists and holds no analysis; give another --output")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("plots need matplotlib, which is not installed: pip install gcvit-edge[analyze]; without --output there are none")
+        raise UserError("plots need matplotlib, which is not installed: pip install matplotlib; without --output there are none")
 
 
 def write_analysis(report: dict[str, Any], folder: Path) -> list[str]:

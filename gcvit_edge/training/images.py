@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from gcvit_edge.data import ImageFolder, Preprocessing, decoder, upright_rgb
+from gcvit_edge.data import ImageFolder, Preprocessing, Undecodable, decoder, upright_rgb
 from gcvit_edge.errors import UserError
 from gcvit_edge.training.settings import Augmentation
 
@@ -57,12 +57,13 @@ class Samples(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         torch.default_generator.manual_seed(derived_seed(self.seed, self.epoch, index + 1))
         pixels = self._decode(self.data.images.files[index])
-        if pixels is None:
-            raise UserError(f"image {self.data.images.files[index]} of {self.data.images.root} does not decode any more")
+        if isinstance(pixels, Undecodable):
+            name = self.data.images.files[index]
+            raise UserError(f"image {name} of {self.data.images.root} does not decode any more: {pixels.reason}")
         return torch.from_numpy(self.data.preprocessing.normalize(pixels)[0]), int(self.data.classes[index])
 
     @cached_property
-    def _decode(self) -> Callable[[str], NDArray[np.uint8] | None]:
+    def _decode(self) -> Callable[[str], NDArray[np.uint8] | Undecodable]:
         return decoder(self.data.images.root, self._convert)  # opened by the process that reads: archives cannot be shared
 
 

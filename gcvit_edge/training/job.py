@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from gcvit_edge.data import (
     ImageFolder,
@@ -20,7 +19,7 @@ from gcvit_edge.data import (
     find_images,
     find_readable,
 )
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import wilson_interval
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, save_checkpoint, variant_of
@@ -178,14 +177,11 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
 
 
 def _write(model: GCViT, job: TrainJob) -> None:
-    """The checkpoint, whole or not at all; then the saved run is of no more use."""
-    partial = job.output.with_name(job.output.name + ".partial")
+    """The checkpoint; then the saved run is of no more use."""
     try:
-        save_checkpoint(model, job.info, partial, half=False)
-        partial.replace(job.output)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {job.output}: {error}; the run is saved, so make room and give --resume") from error
+        save_checkpoint(model, job.info, job.output, half=False)
+    except OSError as error:
+        raise CheckFailed(f"cannot write {job.output}: {error.strerror}; the run is saved, so make room and give --resume") from error
     job.state.unlink()
 
 

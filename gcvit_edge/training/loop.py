@@ -63,7 +63,7 @@ def make_accelerator(device: str) -> "Accelerator":
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ModuleNotFoundError as error:
-        raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install gcvit-edge[train]") from error
+        raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install {error.name}") from error
     # short networks have weights that no output depends on, such as the global query of a stage without a global block
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=_WAIT)]
     return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)

@@ -240,3 +240,25 @@ def test_verify_finds_golden_tensors_that_are_not_listed(copy: Path) -> None:
     edit_manifest(copy, lambda data: data.update(files=[f for f in data["files"] if f["path"] != "golden/onnx.int8.npy"]))
     with pytest.raises((CheckFailed, UserError), match="golden"):
         open_bundle(copy).verify()
+
+
+def test_the_golden_image_makes_its_input(bundle: Bundle) -> None:
+    expected = np.load(bundle.root / "golden" / "image.npy")
+    np.testing.assert_array_equal(read_image(bundle.root / "golden" / "image.png", bundle.info.preprocessing), expected)
+
+
+def test_verify_finds_other_preprocessing(copy: Path) -> None:
+    expected = np.load(copy / "golden" / "image.npy")
+    std = np.array(open_bundle(copy).info.preprocessing.std, np.float32)[:, None, None]
+    replace_golden(copy, expected + np.float32(1.2 / 255) / std, "image")  # as another rounding of the same
+    open_bundle(copy).verify()
+    replace_golden(copy, expected + np.float32(3 / 255) / std, "image")
+    with pytest.raises(CheckFailed, match=r"golden/image\.png preprocessed here differs from golden/image\.npy by up to 3 of 255 levels"):
+        open_bundle(copy).verify()
+
+
+def test_bundles_from_before_golden_images_verify(copy: Path) -> None:
+    for name in ("golden/image.png", "golden/image.npy"):
+        (copy / name).unlink()
+    edit_manifest(copy, lambda data: data.update(files=[f for f in data["files"] if not f["path"].startswith("golden/image")]))
+    assert len(open_bundle(copy).verify()) == 1

@@ -16,12 +16,12 @@ from gcvit_edge.cli import main
 def test_verify(command: Command, bundle: Path) -> None:
     outcome = command("verify", bundle, "--json")
     assert outcome.code == 0
-    assert outcome.json["files"] == 9
+    assert outcome.json["files"] == 11
     replays = {replay["artifact"]: replay for replay in outcome.json["replays"]}
     assert set(replays) == {"onnx.float", "onnx.int8"}
     assert replays["onnx.float"]["minimum_db"] == 80
     assert all(replay["sqnr_db"] > 80 for replay in replays.values())
-    assert "9 files have the hashes that bundle.json lists" in command("verify", bundle).out
+    assert "11 files have the hashes that bundle.json lists" in command("verify", bundle).out
 
 
 def test_verify_of_a_tampered_bundle_is_exit_4(command: Command, bundle: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_export(command: Command, tiny: Tiny, tmp_path: Path) -> None:
     (entry,) = outcome.json["artifacts"]
     assert (entry["backend"], entry["precision"], entry["file"]) == ("onnx", "float", "model.float.onnx")
     assert entry["parity_db"] > 80
+    assert outcome.json["bundle"] == "float.zip"
     assert [path.name for path in tmp_path.iterdir()] == ["float.zip"]
     assert command("verify", "float.zip", "--json").json["replays"][0]["sqnr_db"] > 80
     assert command("predict", "float.zip", tiny.image("yellow"), "--json").json[0]["classes"][0]["label"] == "yellow"

@@ -69,6 +69,7 @@ def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     bundle, done = made
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # standard output is the JSON alone
+    assert report.pop("bundle") == "bundle"
     assert report == json.loads((bundle / "report.json").read_text())
     assert report["images"] == EVALUATION_IMAGES
     assert report["artifacts"][0]["threads"] == 1

@@ -1,6 +1,7 @@
 """Decoding: every image, or a message that names those that do not decode."""
 
 import io
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import noise, save_all, zipped
-from PIL import Image
+from PIL import Image, ImageOps
 
-from gcvit_edge.data import Preprocessing, decode_images, find_images, inputs, read_image
+from gcvit_edge.data import Preprocessing, decode_images, find_images, find_readable, inputs, read_image
 from gcvit_edge.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
@@ -158,6 +159,45 @@ def test_damaged_files_never_crash_the_decoder(suffix: str, tmp_path: Path) -> N
 def test_read_image_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"image .*none\.png does not exist"):
         read_image(tmp_path / "none.png", SMALL)
+    with pytest.raises(UserError, match=r"image .* is a folder; give a file"):
+        read_image(tmp_path, SMALL)
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UserError, match=r"text\.png does not decode; supported: "):
+    with pytest.raises(UserError, match=r"text\.png does not decode: cannot identify image file .*; give a file that Pillow reads"):
         read_image(tmp_path / "text.png", SMALL)
+    Image.fromarray(np.ones((30, 40), np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(UserError, match=r"depth\.tif does not decode: pixels of mode F, expected 8 or 16 bits; give"):
+        read_image(tmp_path / "depth.tif", SMALL)
+
+
+@pytest.mark.parametrize(("tag", "value"), [(0x011A, "seventy-two"), (0x0103, "jpeg"), (0x0102, "eight")])
+def test_turned_images_with_odd_tags_decode(tag: int, value: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    noise(20, 16).save(tmp_path / "plain.jpg", exif=exif)
+    noise(20, 16).save(tmp_path / "odd.jpg", exif=_turned_with_text(tag, value))
+    with Image.open(tmp_path / "odd.jpg") as image, pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(image)
+    np.testing.assert_array_equal(read_image(tmp_path / "odd.jpg", SMALL), read_image(tmp_path / "plain.jpg", SMALL))
+
+
+def _turned_with_text(tag: int, value: str) -> bytes:
+    """An EXIF block of orientation 6 whose `tag`, of numbers by the standard, is of text."""
+    text = value.encode() + b"\0"
+    entries = [(tag, 2, len(text), 38), (EXIF_ORIENTATION, 3, 1, 6)]
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + packed + struct.pack("<I", 0) + text
+
+
+def test_what_trains_is_what_decodes(photos: Path, tmp_path: Path) -> None:
+    images = find_images(photos, "training")
+    Image.fromarray(np.ones((30, 40), np.float32)).save(photos / images.files[5], "TIFF")
+    expected = [position for position in range(24) if position != 5]
+    assert find_readable(images).tolist() == expected
+    assert decode_images(images, SMALL, tmp_path / "p.npy").kept.tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (101, 1)])
+def test_lines_do_not_decode(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match=f"line.png does not decode: {size[0]}x{size[1]} pixels, expected at most 100 times as many"):
+        read_image(tmp_path / "line.png", Preprocessing())

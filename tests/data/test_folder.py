@@ -1,5 +1,6 @@
 """Folders and archives of images: finding, classes, selecting."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -183,3 +184,10 @@ def test_fewer_images_than_classes_are_of_any_classes() -> None:
     assert len(set(first.classes)) == len(set(second.classes)) == 50
     assert set(first.classes) != set(second.classes)
     assert max(first.classes) > "150"
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    save_all(tmp_path, {"a/1.png": noise(4, 4)})
+    (tmp_path / "a" / "1.png").rename(tmp_path / "a" / os.fsdecode(b"caf\xe9.png"))
+    with pytest.raises(UserError, match=r"calibration images: the name 'a/caf\\udce9\.png' in .* is not UTF-8; rename it"):
+        find_images(tmp_path, "calibration")

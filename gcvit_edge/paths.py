@@ -1,0 +1,31 @@
+"""Paths that people give."""
+
+import os
+from pathlib import Path
+
+from gcvit_edge.errors import UserError
+
+
+def require_file(path: Path, what: str) -> None:
+    """That a path is a file; `what` is how error messages call it.
+
+    Raises:
+        UserError: nothing is there, or a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder; give a file")
+    if not path.is_file():
+        raise UserError(f"{what} {path} does not exist")
+
+
+def require_folder(path: Path) -> None:
+    """That a path is a folder that can be written to, or that one can be made there.
+
+    Raises:
+        UserError: it, or what it would be in, is a file, or may not be written to.
+    """
+    found = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not found.is_dir():
+        raise UserError(f"cannot write to {path}: {found} is no folder; choose another --output")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {path}: no permission to write to {found}; choose another --output")
