@@ -20,6 +20,8 @@ from rich.table import Table
 from vs_stock import build, calibration_inputs, found, network
 
 from gcvit_edge.artifact import Artifact
+from gcvit_edge.backends import package_version
+from gcvit_edge.cache import digest, sources
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.parity import check_parity
@@ -37,8 +39,9 @@ FULL = "int8_ptq_full"
 
 
 def build_full(name: str, folder: Path, steps: Steps) -> Artifact:
-    """Ours by the recipe `FULL`; not built again if `folder` has it."""
-    output = folder / f"{name}-{FULL}"
+    """Ours by the recipe `FULL`; not built again if `folder` has it, by the same sources, recipe and ExecuTorch."""
+    state = digest([sources(), Path(__file__).read_bytes(), recipe_text(FULL), f"executorch {package_version('executorch')}"])[:8]
+    output = folder / f"{name}-{FULL}-{state}"
     if not output.exists():
         with steps.step(f"our {FULL}"):
             model, info = network(name, None)

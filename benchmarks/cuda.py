@@ -13,6 +13,7 @@ PyTorch need not be the pinned version; INT8 needs torchao, FP8 a GPU of compute
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from itertools import product
@@ -42,8 +43,15 @@ def measure(model: str, batch: int, way: str, device: str) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name("_cuda_case.py")), model, str(batch), way, device]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
-        return {"error": (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]}
+        return {"error": reason(ran.stderr) or f"exit code {ran.returncode}"}
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+def reason(stderr: str) -> str:
+    """The line of a traceback that says what was wrong: the last one that starts with an error, after which PyTorch's have advice."""
+    lines = [each for each in stderr.splitlines() if each.strip()]
+    errors = [each for each in lines if re.match(r"[\w.]+(Error|Exception|Unsupported|Failed)\b", each)]
+    return (errors or lines or [""])[-1][:300]
 
 
 def line(entry: dict[str, Any]) -> str:

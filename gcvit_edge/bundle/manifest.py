@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gcvit_edge.artifact import Artifact, Precision
+from gcvit_edge.artifact import Artifact, Computed
 from gcvit_edge.errors import UserError
 from gcvit_edge.model.info import ModelInfo
 
@@ -29,7 +29,7 @@ class File(BaseModel):
     size_bytes: int
     role: Role
     backend: str | None = None
-    precision: Literal["float"] | Precision | None = None
+    precision: Computed | None = None
 
 
 class RecipeCopy(BaseModel):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from gcvit_edge.artifact import Precision
+from gcvit_edge.artifact import Computed
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.measurement.accuracy import EQUAL_DB, finite_db, sqnr_db
 
@@ -14,9 +14,9 @@ from gcvit_edge.measurement.accuracy import EQUAL_DB, finite_db, sqnr_db
 # nearest, so two instruction sets differ by about as much as either differs from float (some 40 dB); a wrong kernel is below 5 dB,
 # one that saturates in between. The short floats were measured on the sample network on a CPU, TF32 by rounding the factors of every
 # product: 63, 61 and 39 dB; linears in FP8 give 30. What has short weights alone is computed in float.
-Arithmetic = Literal["float", "tf32", "float16", "bfloat16", "float8"] | Precision
+Arithmetic = Literal["tf32", "float16", "bfloat16"] | Computed
 MIN_SQNR_DB: dict[Arithmetic, float] = {
-    "float": 80.0, "fp16": 80.0, "bf16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "float8": 20.0,
+    "float": 80.0, "fp16": 80.0, "bf16": 80.0, "int4": 80.0, "tf32": 45.0, "float16": 40.0, "bfloat16": 25.0, "fp8": 20.0,
     "int8": 20.0, "w4a8": 20.0,
 }  # fmt: skip
 MARGIN_DB = 6.0  # by which INT8 may be farther from itself on another machine than it was measured to be from float

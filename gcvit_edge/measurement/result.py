@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gcvit_edge.artifact import Precision
+from gcvit_edge.artifact import Computed
 from gcvit_edge.measurement.machine import Machine
 from gcvit_edge.measurement.parity import Parity
 
@@ -49,7 +49,7 @@ class Result(_Part):
     """Of one artifact, run in one way on one device."""
 
     backend: str
-    precision: Literal["float"] | Precision
+    precision: Computed
     execution: str = Field(description="how it was run: cpu, CUDA graphs, ...")
     runtime: str
     runtime_version: str

@@ -14,7 +14,7 @@ from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
 if TYPE_CHECKING:
-    from gcvit_edge.artifact import Artifact
+    from gcvit_edge.artifact import Artifact, Computed
     from gcvit_edge.measurement.machine import Machine
     from gcvit_edge.measurement.parity import Arithmetic
 
@@ -32,7 +32,7 @@ WAYS = {
     "int8": "torchao, compiled, CUDA graphs",
     "fp8": "FP8, compiled, CUDA graphs",
 }
-_SHORT: "dict[str, Arithmetic]" = {"int8": "int8", "fp8": "float8"}  # ways whose linears are shorter than the rest
+_SHORT: "dict[str, Computed]" = {"int8": "int8", "fp8": "fp8"}  # ways whose linears are shorter than the rest
 _FLOAT8_CAPABILITY = (8, 9)  # Ada, Hopper
 
 
@@ -86,14 +86,16 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     if not weights.is_file():
         raise UserError(f"checkpoint {options.weights} does not exist; give --weights the file that the bundle was made of")
     golden = next((artifact for artifact in artifacts if artifact.precision == "float"), artifacts[0])
-    network, quantized = (Artifact("pytorch", precision, weights, (weights,)) for precision in ("float", "int8"))
     name = options.arithmetic
-    return [Case(quantized if way == "int8" else network, f"{WAYS[way]}, {name}", computed_in(way, name), golden) for way in ways]
+    return [
+        Case(Artifact("pytorch", _SHORT.get(way, "float"), weights, (weights,)), f"{WAYS[way]}, {name}", computed_in(way, name), golden)
+        for way in ways
+    ]
 
 
 def computed_in(way: str, arithmetic: str) -> "Arithmetic":
     """The shortest that a way computes in, with the rest of the network in `arithmetic`."""
-    return _SHORT.get(way, _ARITHMETIC[arithmetic])
+    return _SHORT[way] if way in _SHORT else _ARITHMETIC[arithmetic]
 
 
 def _lacks(way: str) -> str | None:
@@ -108,7 +110,8 @@ def _lacks(way: str) -> str | None:
 def _multiplies_float8() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLOAT8_CAPABILITY
+    # one of them: a way that the GPU asked for does not run is told when it is loaded
+    return any(torch.cuda.get_device_capability(each) >= _FLOAT8_CAPABILITY for each in range(torch.cuda.device_count()))
 
 
 def _artifact_cases(artifacts: "Sequence[Artifact]", runtimes: dict[str, str]) -> list[Case]:

@@ -1,6 +1,7 @@
 """The benchmark of GPUs, on the CPU: what can run there is measured and checked, what cannot is named, and a run goes on."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,12 @@ def test_refusals(benchmark: Path) -> None:
     ran = run(benchmark, "--ways", "bfloat16 eagre")
     assert (ran.returncode, ran.stdout) == (1, "")
     assert "--ways: unknown way 'bfloat16 eagre'; did you mean 'bfloat16 eager'?" in ran.stderr
+
+
+def test_the_reason_of_a_failure_is_the_error_and_not_the_advice_after_it(benchmark: Path) -> None:
+    reason = runpy.run_path(str(benchmark))["reason"]
+    lines = ["Traceback (most recent call last):", '  File "x.py", line 1', "torch._inductor.exc.InductorError: CppCompileError: none", "",
+             "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace"]  # fmt: skip
+    assert reason("\n".join(lines)) == "torch._inductor.exc.InductorError: CppCompileError: none"
+    assert reason("killed\n") == "killed"
+    assert reason("") == ""
