@@ -141,6 +141,8 @@ def _backend(
     if bundle is not None:
         _check_weights(deployed, bundle, calibrated)
     layers = rank(name, calibrated, job.recipe, images, steps)
+    if not layers:
+        raise UserError(f"recipe {job.recipe.name} rounds no layer in {name}, so there is nothing to analyze; leave fewer layers in float")
     all_rounded, without = _without(name, calibrated, job.recipe, layers, images, steps)
     classes = job.classes[pixels.kept]
     shipped = [np.fromfile(file, np.uint8) for file in deployed.int8.files] if bundle else []

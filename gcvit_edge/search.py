@@ -119,7 +119,8 @@ def search(
 
     held_out: images that judge. scratch: a folder for what is only tried. threads: with which artifacts are timed.
     """
-    known = measurements(name, calibrated, recipe, [held_out.pixels.load()[: len(held_out.classes)], held_out.classes])
+    judges = [held_out.pixels.load()[: len(held_out.classes)], held_out.classes]
+    known = measurements(name, calibrated, recipe, [*held_out.ranking, *judges])  # those that rank are normalised
 
     @cache
     def answers(artifact: Artifact) -> Logits:
@@ -181,7 +182,7 @@ def moved(artifact: Artifact, folder: Path) -> Artifact:
 
 def predicted_ms(order: Sequence[Layer], count: int, float_ms: float, int8_ms: float) -> float:
     """Latency with the first `count` layers of `order` in float: what INT8 saves is shared out by multiplications."""
-    share = sum(layer.work for layer in order[:count]) / sum(layer.work for layer in order)
+    share = sum(layer.work for layer in order[:count]) / max(sum(layer.work for layer in order), 1)
     return int8_ms + share * (float_ms - int8_ms)
 
 

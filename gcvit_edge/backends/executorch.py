@@ -37,7 +37,8 @@ PACKAGES = ("executorch", "torch", "torchao")
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; 1x1 convolutions where feature maps are."""
-    return Form(norm="products", attention="bmm", pointwise="conv")
+    gains = "all" if "attention" in operators else "mlp"  # where linears answer in integers: see `arithmetic`
+    return Form(norm="products", attention="bmm", pointwise="conv", gains=gains)
 
 
 def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:

@@ -37,7 +37,7 @@ _INPUT, _OUTPUT = "image", "logits"
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """ONNX Runtime has kernels for RMS norm and for whole attention; products in integers need attention written out."""
-    return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains=False)
+    return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains="none")
 
 
 def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:

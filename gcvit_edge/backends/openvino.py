@@ -34,7 +34,7 @@ PACKAGES = ("openvino", "torch")
 
 def form(operators: frozenset[RecipeOperator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
-    return Form(norm="operator", attention="windows", gains=False)
+    return Form(norm="operator", attention="windows", gains="none")
 
 
 def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:

@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.model import hub
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
+from gcvit_edge.model.layout import State, from_nvlabs, infer_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 
-State = dict[str, Tensor]
 _METADATA_KEY = "gcvit_edge"
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's weights in our key layout, float32, with what the file says about itself."""
+    """A file's weights in our key layout, float32, with what the file says about itself. sides_known: unless it is for images that are
+    not square and does not say which side is the height; `config` then has the longer one there."""
 
     state: State
     config: GCViTConfig
@@ -41,6 +42,7 @@ class Checkpoint:
     name: str | None = None
     labels: Labels | None = None
     find_preprocessing: Callable[[], Preprocessing | None] = lambda: None
+    sides_known: bool = True
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -66,7 +68,7 @@ def read_checkpoint(source: str) -> Checkpoint:
         raise UserError(f"checkpoint {source} does not exist; give a .safetensors or .pth file, or hf-hub:ID")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
     nvlabs = any(key.startswith("patch_embed.") for key in state)
-    state = _from_nvlabs(state) if nvlabs else state
+    state = from_nvlabs(state) if nvlabs else state
     state = {key: value.float() for key, value in state.items()}
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
         raise UserError(
@@ -81,13 +83,14 @@ def read_checkpoint(source: str) -> Checkpoint:
             raise UserError(f"the metadata of checkpoint {source} is damaged ({str(error).splitlines()[0]}); convert it again") from error
         return Checkpoint(state, config, info.origin, info.name, info.labels, lambda: info.preprocessing)
     config = infer_config(state, source)
+    known = config.img_size[0] == config.img_size[1]
     layout = "nvlabs" if nvlabs else "timm"
     derived = nvlabs or source.startswith(f"{hub.PREFIX}timm/")
     origin = Origin(source=source if from_hub else path.name, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE)
     if not from_hub:
-        return Checkpoint(state, config, origin)
+        return Checkpoint(state, config, origin, sides_known=known)
     timm = hub.read_timm_config(path.parent)
-    return Checkpoint(state, config, origin, None, hub.timm_labels(timm), lambda: hub.timm_preprocessing(timm, source))
+    return Checkpoint(state, config, origin, None, hub.timm_labels(timm), lambda: hub.timm_preprocessing(timm, source), known)
 
 
 def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) -> None:
@@ -112,14 +115,20 @@ def variant_of(config: GCViTConfig) -> str | None:
     return next((name for name, size in alike.items() if size == config.img_size), next(iter(alike), None))
 
 
-def config_of(checkpoint: Checkpoint, name: str | None) -> GCViTConfig:
+def config_of(checkpoint: Checkpoint, name: str | None, size: tuple[int, int] | None = None) -> GCViTConfig:
     """The shape of variant `name` that a checkpoint is for: its own if it is one of `name`, of whatever input size, or if `name` is None.
+    size: the (height, width) that is wanted, for one that does not say which side is the height.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: the name is unknown, or no size is given to a checkpoint that needs one.
     """
     wanted = checkpoint.config if name is None else variant_config(name)
-    return checkpoint.config if wanted == VARIANTS.get(variant_of(checkpoint.config) or "") else wanted
+    config = checkpoint.config if wanted == VARIANTS.get(variant_of(checkpoint.config) or "") else wanted
+    if checkpoint.sides_known:
+        return config
+    if size is None:
+        raise UserError(_either_side(source=checkpoint.origin.source, sides=checkpoint.config.img_size))
+    return replace(config, img_size=size)
 
 
 def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
@@ -135,6 +144,8 @@ def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
         raise UserError(f"checkpoint {source} is not of the requested variant {_structure(want)}; {guess}")
     if have.in_chans != want.in_chans:
         raise UserError(f"checkpoint {source} has {have.in_chans} input channels, the model {want.in_chans}; set in_chans to match")
+    if not checkpoint.sides_known:
+        have = replace(have, img_size=_turned_as(want.img_size, have.img_size, source))
     state = dict(checkpoint.state)
     if model.head is None:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -193,74 +204,23 @@ def _reason(error: Exception) -> str:
     return found.group(1) if found else "weights_only load refused it"
 
 
-_NVLABS_RULES = [
-    (r"^patch_embed\.proj\.", "stem.conv1."),
-    (r"^patch_embed\.conv_down\.", "stem.down."),
-    (r"^levels\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
-    (r"^levels\.(\d+)\.q_global_gen\.to_q_global\.(\d+)\.", lambda m: f"stages.{m[1]}.global_block.blocks.conv{int(m[2]) + 1}."),
-    (r"^levels\.", "stages."),
-    (r"\.conv\.0\.", ".conv_dw."),
-    (r"\.conv\.2\.fc\.0\.", ".se.fc1."),
-    (r"\.conv\.2\.fc\.2\.", ".se.fc2."),
-    (r"\.conv\.3\.", ".conv_pw."),
-    (r"(downsample|stem\.down)\.(conv_dw|conv_pw|se)\.", r"\1.conv_block.\2."),
-    (r"\.attn\.relative_position_bias_table$", ".attn.rel_pos.relative_position_bias_table"),
-    (r"\.gamma1$", ".ls1.gamma"),
-    (r"\.gamma2$", ".ls2.gamma"),
-    (r"^norm\.", "stages.3.norm."),
-    (r"^head\.", "head.fc."),
-]
-
-
-def _from_nvlabs(state: State) -> State:
-    """NVlabs' keys to ours; the buffer relative_position_index is recomputed, SE linears become 1x1 convolutions."""
-    out = {}
-    for key, value in state.items():
-        if key.endswith("relative_position_index"):
-            continue
-        for pattern, new in _NVLABS_RULES:
-            key = re.sub(pattern, new, key)
-        out[key] = value[:, :, None, None] if ".se.fc" in key and value.ndim == 2 else value
-    return out
-
-
-def infer_config(state: State, source: str) -> GCViTConfig:
-    """The shape that a state dict in our layout was made for, read off its tensors.
+def _turned_as(wanted: tuple[int, int], sides: tuple[int, int], source: str) -> tuple[int, int]:
+    """The sides of an input in the order of another that is not square.
 
     Raises:
-        UserError: the keys are not those of a GC ViT.
+        UserError: it is square.
     """
-    try:
-        dim, in_chans = state["stem.conv1.weight"].shape[:2]
-        depths, heads, windows = [], [], []
-        for stage in range(4):
-            table = state[f"stages.{stage}.blocks.0.attn.rel_pos.relative_position_bias_table"]
-            heads.append(table.shape[1])
-            windows.append((round(table.shape[0] ** 0.5) + 1) // 2)
-            pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")
-            depths.append(1 + max(int(found[1]) for key in state if (found := pattern.match(key))))
-        hidden = state["stages.0.blocks.0.mlp.fc1.weight"].shape[0]
-        se_dim = state["stem.down.conv_block.se.fc1.weight"].shape[0]
-        scale = state.get("stages.0.blocks.0.ls1.gamma")
-        head = state.get("head.fc.weight", state.get("head.fc.bias"))
-    except (KeyError, ValueError, IndexError) as error:
-        sample = ", ".join(list(state)[:3])
-        raise UserError(
-            f"checkpoint {source} is no complete GC ViT in timm's or NVlabs' key layout: {error} is missing; "
-            f"it has {len(state)} keys, such as {sample}"
-        ) from error
-    scaled = windows == [windows[3], windows[3], windows[3] * 2, windows[3]]
-    return GCViTConfig(
-        dim=dim,
-        depths=tuple(depths),
-        num_heads=tuple(heads),
-        mlp_ratio=hidden / dim,
-        layer_scale=None if scale is None else 1e-5,
-        img_size=(windows[3] * 32, windows[3] * 32),
-        window_size=None if scaled else tuple(windows),
-        in_chans=in_chans,
-        num_classes=0 if head is None else head.shape[0],
-        se_multiple=8 if se_dim != dim // 4 else 1,
+    if wanted[0] == wanted[1]:
+        raise UserError(_either_side(source, sides))
+    return (max(sides), min(sides)) if wanted[0] > wanted[1] else (min(sides), max(sides))
+
+
+def _either_side(source: str, sides: tuple[int, int]) -> str:
+    """What to say of a checkpoint whose sides are not known."""
+    high, low = max(sides), min(sides)
+    return (
+        f"checkpoint {source} was made for {high}x{low} or {low}x{high} pixels (height x width), and does not say which; give "
+        "--preprocessing with its size, or in Python `create_model(img_size=(height, width))`"
     )
 
 

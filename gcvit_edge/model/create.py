@@ -86,7 +86,7 @@ def load_model(
         UserError: as `create_model`; or labels that do not match the number of classes; or no head.
     """
     checkpoint = read_checkpoint(weights)
-    config = config_of(checkpoint, name)
+    config = config_of(checkpoint, name, preprocessing and preprocessing.size)
     if num_classes is not None:
         config = replace(config, num_classes=num_classes)
     model = _build(config, checkpoint, weights, keep_classes=num_classes is not None)

@@ -14,11 +14,12 @@ class Form:
     the keys of all windows.
     pointwise: 1x1 convolutions as a "linear" of tokens, where changing between tokens and feature maps is free, or as "conv", which
     leaves convolutional parts less often.
-    gains: whether what is added to the residual stream has a factor by channel behind it, which kernels that answer in integers want
-    (see quantization/equalization.py); else the factor is folded into the weights.
+    gains: where what is added to the residual stream has a factor by channel behind it, which kernels that answer in integers want
+    (see quantization/equalization.py): after attention and MLPs, "all", after MLPs, "mlp", or nowhere, "none". Else it is folded into
+    the weights.
     """
 
     norm: Literal["operator", "products"] = "operator"
     attention: Literal["operator", "windows", "bmm"] = "windows"
     pointwise: Literal["linear", "conv"] = "linear"
-    gains: bool = True
+    gains: Literal["all", "mlp", "none"] = "all"

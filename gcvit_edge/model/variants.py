@@ -38,7 +38,8 @@ class GCViTConfig:
             )
         if stages != 4:
             raise UserError(f"depths has {stages} entries; GC ViT has 4 stages, so give 4")
-        if min(self.dim, *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
+        hidden = int(self.dim * self.mlp_ratio)
+        if min(self.dim, hidden, *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
             raise UserError(f"every size must be positive, got {self}")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path is a probability below 1, got {self.drop_path}")

@@ -23,62 +23,69 @@ class RoundedPoint(Point):
         return self.affine.round_trip(input)
 
 
-class StaticLayer(nn.Module):
-    """A linear or convolution with an INT8 weight and activations of fixed scales; the bias stays float.
+class Product(nn.Module):
+    """What a linear or convolution computes, of an input and a weight that were treated before; the bias stays float."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.bias = layer.bias
+        self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias) if self.convolution is None else F.conv2d(x, weight, self.bias, *self.convolution)  # type: ignore[arg-type]
+
+
+class StaticLayer(Product):
+    """A linear or convolution with an INT8 weight and activations of fixed scales.
 
     output: where a kernel answers in integers; None where it answers in float.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input: Affine, output: Affine | None) -> None:
-        super().__init__()
-        self.weight, self.bias = IntegerWeight(layer.weight), layer.bias
+        super().__init__(layer)
+        self.weight = IntegerWeight(layer.weight)
         self.input, self.output = input, output
-        self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = self.input.round_trip(x), self.weight()
-        y = F.linear(x, weight, self.bias) if self.convolution is None else F.conv2d(x, weight, self.bias, *self.convolution)  # type: ignore[arg-type]
+        y = self.product(self.input.round_trip(x), self.weight())
         return y if self.output is None else self.output.round_trip(y)
 
 
-class WeightLayer(nn.Module):
+class WeightLayer(Product):
     """A linear or convolution that computes in float, with a weight that is stored in another way; `weight()` is it in float."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, layer.bias
-        self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
+        super().__init__(layer)
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight()
-        return F.linear(x, weight, self.bias) if self.convolution is None else F.conv2d(x, weight, self.bias, *self.convolution)  # type: ignore[arg-type]
+        return self.product(x, self.weight())
 
 
-class DynamicRowLinear(nn.Module):
+class DynamicRowLinear(Product):
     """A linear whose input rows are each rounded with a scale found when it runs, as XNNPACK's `qd8` kernels do."""
 
     def __init__(self, layer: nn.Linear, weight: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, layer.bias
+        super().__init__(layer)
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         scale, zero_point = _operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
         limits = (scale, zero_point, -128, 127, torch.int8)
         x = _operators.quantize_per_token.default(x, *limits)
-        return F.linear(_operators.dequantize_per_token.default(x, *limits, torch.float32), self.weight(), self.bias)
+        return self.product(_operators.dequantize_per_token.default(x, *limits, torch.float32), self.weight())
 
 
-class DynamicImageConv(nn.Module):
+class DynamicImageConv(Product):
     """A convolution whose input is rounded with a scale an image, found when it runs, as XNNPACK's `qd8` kernels do."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = IntegerWeight(conv.weight), conv.bias
-        self.convolution = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        super().__init__(conv)
+        self.weight = IntegerWeight(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._rounded(x) if len(x) == 1 else torch.cat([self._rounded(image) for image in x.split(1)])
-        return F.conv2d(x, self.weight(), self.bias, *self.convolution)  # type: ignore[arg-type]
+        return self.product(x, self.weight())
 
     def _rounded(self, x: Tensor) -> Tensor:
         scale, zero_point = _operators.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)

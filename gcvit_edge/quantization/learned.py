@@ -2,8 +2,8 @@
 
 Activations: learned step size quantization (LSQ, arXiv:1902.08153; LSQ+ with an offset, arXiv:2004.09576), as gradients of both ends
 of the range (arXiv:2106.08295, section 4.1), which are learned as logarithms, so that one learning rate fits ranges of any size
-(TQT, arXiv:1903.08066). Weights: rounded as `IntegerWeight` does, whose scale follows the largest weight of each row, with
-gradients passed straight through; so what is exported are the very integers that were trained.
+(TQT, arXiv:1903.08066). Weights: rounded as `IntegerWeight` does, whose scale follows the largest weight, or pair of them, of each
+row, with gradients passed straight through; so what is exported are the very integers that were trained.
 """
 
 import copy
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Constant, Point
 from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.integers import IntegerWeight
-from gcvit_edge.quantization.layers import RoundedPoint, StaticLayer
+from gcvit_edge.quantization.layers import Product, RoundedPoint, StaticLayer
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.quantization.scheme import Rounding, quantize
 
@@ -92,21 +91,19 @@ class _RoundWeight(torch.autograd.Function):
         return gradients[0]
 
 
-class LearnedLayer(nn.Module):
+class LearnedLayer(Product):
     """A linear or convolution that learns its weights in INT8, and the ranges of its input and output where these are rounded.
 
     Its weight and bias have the names that they have in the layer that it stands for.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input: Range | None, output: Range | None) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        super().__init__(layer)
+        self.weight = layer.weight
         self.input, self.output = input, output
-        self.convolution = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight = x if self.input is None else self.input(x), _RoundWeight.apply(self.weight)
-        y = F.linear(x, weight, self.bias) if self.convolution is None else F.conv2d(x, weight, self.bias, *self.convolution)  # type: ignore[arg-type]
+        y = self.product(x if self.input is None else self.input(x), _RoundWeight.apply(self.weight))
         return y if self.output is None else self.output(y)
 
 

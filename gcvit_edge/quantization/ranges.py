@@ -115,7 +115,8 @@ def _least_divergence(histogram: Histogram, low: float, high: float) -> tuple[fl
 
     def divergence(ends: tuple[float, float]) -> float:
         inside = np.clip(values, *ends)
-        clipped = np.bincount(np.searchsorted(values, inside).clip(0, _BINS - 1), histogram, _BINS)  # what is outside counts at the ends
+        first, last = np.flatnonzero(values == inside)[[0, -1]]
+        clipped = np.bincount(np.arange(_BINS).clip(first, last), histogram, _BINS)  # what is outside counts at the ends
         levels = np.searchsorted(np.unique(_rounded(inside, *ends)), _rounded(inside, *ends))
         kept = histogram * (values == inside)
         level_counts, level_bins = np.bincount(levels, kept), np.bincount(levels, kept > 0)

@@ -45,13 +45,19 @@ def _in_four_bits(name: str, channels: int, precision: Precision) -> bool:
     return precision in ("w4a8", "int4") and not name.endswith((*_DELICATE, "pointwise")) and channels % GroupedWeight.GROUP == 0
 
 
+def _operator(name: str, module: nn.Module) -> Operator | None:
+    """What a recipe calls a layer. 1x1 convolutions are linears in some forms, and are convolutions in every recipe."""
+    if isinstance(module, nn.Linear):
+        return "conv" if name.endswith("pointwise") else "linear"
+    return "conv" if isinstance(module, nn.Conv2d) else None
+
+
 def weight_grids(deployed: nn.Module, operators: Collection[Operator], precision: Precision) -> Grids:
     """How the weights of layers that `operators` rounds are rounded, the same in every runtime."""
     half = _HALVES.get(precision)
 
     def grid(name: str, module: nn.Module) -> Grid | None:
-        kind = "linear" if isinstance(module, nn.Linear) else "conv" if isinstance(module, nn.Conv2d) else None
-        if kind not in operators:
+        if _operator(name, module) not in operators:
             return None
         if half is not None:
             return partial(HalfWeight, dtype=half)

@@ -102,7 +102,7 @@ def plan_training(
     labels = _choose_labels(labels, checkpoint, images)
     classes = class_indices(images, labels)
     steps_per_epoch(len(images.files), settings)
-    config = _config(checkpoint, model, len(labels.names), image_size, drop_path)
+    config = _config(checkpoint, model, len(labels.names), image_size, preprocessing, drop_path)
     check_takes_rgb(config)
     if preprocessing is None:
         preprocessing = _choose_preprocessing(checkpoint, config.img_size)
@@ -215,12 +215,19 @@ def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images:
     return labels
 
 
-def _config(checkpoint: Checkpoint | None, name: str | None, classes: int, image_size: int | None, drop_path: float) -> GCViTConfig:
+def _config(
+    checkpoint: Checkpoint | None,
+    name: str | None,
+    classes: int,
+    image_size: int | None,
+    preprocessing: Preprocessing | None,
+    drop_path: float,
+) -> GCViTConfig:
     """The shape to train."""
     if checkpoint is None:
         config = variant_config(name or "gcvit_xxtiny")
     else:
-        config = replace(config_of(checkpoint, name), se_multiple=checkpoint.config.se_multiple)
+        config = replace(config_of(checkpoint, name, preprocessing and preprocessing.size), se_multiple=checkpoint.config.se_multiple)
     if image_size is not None:
         config = replace(config, img_size=(image_size, image_size))
     return replace(config, num_classes=classes, drop_path=drop_path)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
-from gcvit_edge.model.checkpoint import infer_config, read_checkpoint, save_checkpoint, variant_of
+from gcvit_edge.model.checkpoint import read_checkpoint, save_checkpoint, variant_of
 from gcvit_edge.model.create import create_model, describe_model, load_model
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin
+from gcvit_edge.model.layout import infer_config
 from gcvit_edge.model.variants import VARIANTS
 
 SHAPE = {"dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "img_size": 64}
@@ -176,7 +177,7 @@ def test_trained_checkpoints_are_official_variants(shared):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none\.safetensors does not exist; give a \.safetensors or \.pth file, or hf-hub:ID"):
         read_checkpoint(str(tmp_path / "none.safetensors"))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"is a folder; give the \.safetensors or \.pth file in it"):
         read_checkpoint(str(tmp_path))
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
@@ -230,3 +231,40 @@ def test_description_of_a_model_in_memory(tiny_model):
     assert info.preprocessing == Preprocessing(size=(64, 64), resize=73)
     assert (info.origin.source, info.origin.layout, info.origin.licence) == ("made in memory", "none", UNKNOWN_LICENCE)
     assert (info.config["dim"], info.config["depths"], info.config["num_classes"]) == (16, [2, 2, 2, 2], 8)
+
+
+@pytest.mark.parametrize("size", [(256, 192), (384, 288), (288, 384), (64, 32), (160, 416)])
+def test_weights_of_images_that_are_not_square(make_model, tmp_path, size):
+    """A file without metadata says how long the tables of position biases are, from which both sides follow, but not their order."""
+    model = make_model(img_size=size)
+    path = tmp_path / "plain.safetensors"
+    save_file(model.state_dict(), path)
+    same = create_model(weights=path, **SHAPE | {"img_size": size})
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in model.state_dict().items())
+    either = f"made for {max(size)}x{min(size)} or {min(size)}x{max(size)} pixels"
+    with pytest.raises(UserError, match=either):
+        load_model(str(path))
+    with pytest.raises(UserError, match=either):
+        create_model(weights=path, **SHAPE | {"img_size": 64})
+    loaded, info = load_model(str(path), preprocessing=Preprocessing(size=size))
+    assert loaded.config.img_size == info.preprocessing.size == size
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    longer = tuple(2 * side for side in size)  # whose windows have the same orientation
+    larger = create_model(weights=path, **SHAPE | {"img_size": longer}).state_dict()[TABLE.format(0, 0)]
+    whole = tmp_path / "whole.safetensors"
+    save_checkpoint(model, describe_model(model), whole, half=False)
+    assert torch.equal(larger, create_model(weights=whole, **SHAPE | {"img_size": longer}).state_dict()[TABLE.format(0, 0)])
+
+
+def test_tables_of_no_window_are_refused(make_model, tmp_path):
+    state = make_model().state_dict()
+    state[TABLE.format(0, 0)] = state[TABLE.format(0, 0)].repeat(2, 1)
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"has tables of \[18, 9, 49, 9\] position biases, which are of no windows"):
+        load_model(str(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize("mlp_ratio", [-1.0, 0.0, 0.01])
+def test_no_mlp_is_refused(mlp_ratio):
+    with pytest.raises(UserError, match="every size must be positive"):
+        create_model(**SHAPE, mlp_ratio=mlp_ratio)

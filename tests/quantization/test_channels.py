@@ -15,9 +15,10 @@ from gcvit_edge.quantization.smoothing import smooth
 
 FORMS = {
     "reference": Form(),
-    "openvino": Form(gains=False),
-    "executorch": Form(norm="products", attention="bmm", pointwise="conv"),
-    "onnx": Form(attention="operator", gains=False),
+    "openvino": Form(gains="none"),
+    "executorch": Form(norm="products", attention="bmm", pointwise="conv", gains="mlp"),
+    "executorch, all in integers": Form(norm="products", attention="bmm", pointwise="conv"),
+    "onnx": Form(attention="operator", gains="none"),
 }
 
 

@@ -52,9 +52,10 @@ def test_gains_that_a_form_does_not_want_are_folded(equalized: nn.Module) -> Non
     def scaled(form: Form) -> list[str]:
         return [name for name, each in rewrite(smoothed, form).named_modules() if isinstance(each, Gain) and each.scaled]
 
-    gates = scaled(Form(gains=False))
+    gates = scaled(Form(gains="none"))
     assert len(gates) > 4
     assert all("downsample.conv_block" in name or "global_query" in name for name in gates)
+    assert len(scaled(Form(gains="mlp"))) == len(gates) + 7
     assert len(scaled(Form())) == len(gates) + 2 * 7
 
 

@@ -83,3 +83,9 @@ def test_methods_on_a_network() -> None:
         assert ranges.keys() == extremes.keys() == {"0.input", "0.output", "1.input", "1.output"}
         assert all(low >= extremes[place][0] - 1e-6 and high <= extremes[place][1] + 1e-6 for place, (low, high) in ranges.items())
     assert found["average"] != extremes
+
+
+def test_least_divergence_of_mirrored_values_is_the_mirror() -> None:
+    bins, low, high = histogram(np.random.default_rng(0).laplace(size=1_000_000))
+    ends = _least_divergence(bins, low, high)
+    assert _least_divergence(bins[::-1], -high, -low) == pytest.approx((-ends[1], -ends[0]))

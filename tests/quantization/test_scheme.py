@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gcvit_edge.lower import simulate, written
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model
 from gcvit_edge.model.deploy import MBConv, deploy, rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
     DynamicConv,
@@ -31,6 +33,7 @@ from gcvit_edge.quantization.layers import (
 )
 from gcvit_edge.quantization.ranges import Ranges, observe
 from gcvit_edge.quantization.scheme import places_with_ranges, quantize
+from gcvit_edge.recipe import Recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((8, 3, 64, 64), np.float32)]
 STATIC = Arithmetic(activations="uint8")
@@ -96,9 +99,9 @@ def test_late_pointwise_convolutions_have_scales_of_their_own_where_a_runtime_wa
     linears = kinds(deployed, nn.Linear)
     late = [name for name in linears if name.startswith(("stages.2.", "stages.3.")) and name.endswith("pointwise")]
     assert len(late) == 4
-    others = set(linears) - set(late)
+    others = {*linears, *kinds(deployed, nn.Conv2d)} - set(late)
     together, apart = (
-        quantize(deployed, frozenset({"linear"}), dataclasses.replace(STATIC, late_pointwise=scales), ranges, keep=others)
+        quantize(deployed, frozenset({"conv"}), dataclasses.replace(STATIC, late_pointwise=scales), ranges, keep=others)
         for scales in (None, "weights")
     )
     assert (kinds(together, StaticLayer), kinds(apart, WeightLayer)) == (late, late)
@@ -129,11 +132,12 @@ def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: R
 )
 def test_dynamic_linears_are_more_exact(model: nn.Module, ranges: Ranges, arithmetic: Arithmetic, kind: type) -> None:
     deployed = deploy(model)
-    quantized = quantize(deployed, frozenset({"linear"}), arithmetic, ranges)
+    operators, others = frozenset({"linear", "conv"}), kinds(deployed, nn.Conv2d)
+    quantized = quantize(deployed, operators, arithmetic, ranges, keep=others)
     assert len(kinds(quantized, kind)) == len(kinds(deployed, nn.Linear))
-    static = quantize(deployed, frozenset({"linear"}), dataclasses.replace(STATIC, delicate="static"), ranges)
+    static = quantize(deployed, operators, dataclasses.replace(STATIC, delicate="static"), ranges, keep=others)
     weights_alone = Arithmetic(activations="uint8", linear="weights", mlp="weights")
-    exact = logits(quantize(deployed, frozenset({"linear"}), weights_alone, ranges))  # weights are rounded in all of them alike
+    exact = logits(quantize(deployed, operators, weights_alone, ranges, keep=others))  # weights are rounded in all of them alike
     assert sqnr_db(logits(quantized), exact) > sqnr_db(logits(static), exact) > 25
 
 
@@ -172,7 +176,7 @@ def test_dynamic_convolutions_round_image_by_image(model: nn.Module, ranges: Ran
 
 def test_the_convolution_of_the_image_stays_float_whatever_its_channels(make_model: Callable[..., GCViT]) -> None:
     deployed = deploy(make_model(in_chans=6))
-    quantized = quantize(deployed, frozenset({"conv"}), Arithmetic(activations="int8", conv="dynamic"), {})
+    quantized = quantize(deployed, frozenset({"conv"}), Arithmetic(activations="int8", linear="dynamic", conv="dynamic"), {})
     assert "conv1" in kinds(quantized, nn.Conv2d)
 
 
@@ -245,3 +249,18 @@ def test_only_what_is_rounded_with_fixed_scales_needs_a_range(model: nn.Module, 
         everything = observe(deployed, lambda: iter(IMAGES), method)
         assert observe(deployed, lambda: iter(IMAGES), method, fixed) == {place: everything[place] for place in fixed}
     assert observe(deployed, lambda: iter(IMAGES), places=[]) == {}
+
+
+@pytest.mark.parametrize("backend", ["executorch", "openvino", "onnx"])
+@pytest.mark.parametrize("operator", ["linear", "conv"])
+def test_one_by_one_convolutions_are_convolutions_in_every_form(operator: Any, backend: str, model: GCViT) -> None:
+    recipe = Recipe(name="one", description="of them", operators=(operator,), rounding="adaptive", calibration={"images": 8})
+    calibrated = calibrate(model, recipe, lambda: iter(IMAGES))
+    quantized, plain = simulate(backend, calibrated, recipe), written(backend, calibrated, recipe)
+    changed = {name for name, module in plain.named_modules() if type(module) is not type(quantized.get_submodule(name))}
+    pointwise = {name for name, _ in plain.named_modules() if name.endswith("pointwise")}
+    assert pointwise
+    assert pointwise <= changed if operator == "conv" else not pointwise & changed
+    for name, module in plain.named_modules():
+        if name not in changed and isinstance(module, nn.Linear | nn.Conv2d):  # what stays float keeps its weights
+            torch.testing.assert_close(quantized.get_submodule(name).weight, module.weight, rtol=0, atol=0)

@@ -110,8 +110,9 @@ class Block(Written):
 
     def write(self, form: Form) -> None:
         super().write(form)
-        if not form.gains:
+        if form.gains != "all":
             self.residual1.gain.fold(self.attention.proj)
+        if form.gains == "none":
             self.residual2.gain.fold(self.fc2)
 
     def forward(self, x: Tensor, query: Tensor) -> Tensor:

@@ -63,5 +63,9 @@ class Network(nn.Module):
         x = tokens(self.conv1(image))
         for stage in self.stages:
             x = stage(x)
+        return self.classify(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Tokens of the last stage (B * H * W, C) -> logits (B, classes)."""
         x = feature_map(self.norm(x), self.size).mean((2, 3), keepdim=True)
         return self.head(x.reshape(-1, self.dim))

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from gcvit_edge.model.deploy.primitives import feature_map, tokens
+from gcvit_edge.model.deploy.primitives import tokens
 
 State = tuple[Tensor, ...]
 """What one part hands to the next: tokens, and inside a stage its global query too."""
@@ -33,7 +33,7 @@ def parts(deployed: nn.Module) -> list[Part]:
         found.append(Part(name, (f"{name}.downsample.", f"{name}.global_query."), _enter(stage)))
         found += [Part(f"{name}.blocks.{i}", (f"{name}.blocks.{i}.",), _block(stage, i)) for i in range(len(stage.blocks))]
         found.append(Part(f"{name}.end", (), lambda state, stage=stage: (stage.reverse(state[0]),)))
-    return [*found, Part("head", ("norm", "head"), lambda state: (_classify(network, *state),))]
+    return [*found, Part("head", ("norm", "head"), lambda state: (network.classify(*state),))]
 
 
 def _enter(stage: Any) -> Callable[[State], State]:
@@ -46,8 +46,3 @@ def _enter(stage: Any) -> Callable[[State], State]:
 
 def _block(stage: Any, index: int) -> Callable[[State], State]:
     return lambda state: (stage.blocks[index](*state), state[1])
-
-
-def _classify(network: Any, x: Tensor) -> Tensor:
-    x = feature_map(network.norm(x), network.size).mean((2, 3), keepdim=True)
-    return network.head(x.reshape(-1, network.dim))

@@ -10,7 +10,7 @@ from gcvit_edge.model.deploy.parts import parts
 from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import GCViT
 
-FORMS = [Form(), Form(norm="products", attention="bmm", pointwise="conv"), Form(attention="operator", gains=False)]
+FORMS = [Form(), Form(norm="products", attention="bmm", pointwise="conv"), Form(attention="operator", gains="none")]
 
 
 @pytest.mark.parametrize("form", FORMS)
