@@ -1,9 +1,9 @@
 """Training images: which ones in which order, augmented how. All of it follows from (seed, epoch, image), so that neither the
 number of processes nor an interruption changes what the network sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
 
@@ -80,8 +80,11 @@ def augmenter(preprocessing: Preprocessing, augmentation: Augmentation) -> Conve
         steps.append(v2.RandAugment(2, augmentation.rand_augment))
     if strength := augmentation.color_jitter:
         steps.append(v2.ColorJitter(strength, strength, strength))
-    transform = v2.Compose(steps)
-    return lambda image: np.asarray(transform(upright_rgb(image)))
+    return partial(_augmented, transform=v2.Compose(steps))
+
+
+def _augmented(image: Image.Image, *, transform: v2.Compose) -> NDArray[np.uint8]:
+    return np.asarray(transform(upright_rgb(image)))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -94,6 +97,13 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def loader(samples: Samples, batches: Sequence[Sequence[int]], device: torch.device, workers: int) -> DataLoader[list[Tensor]]:
-    """Batches of images (B, 3, H, W) float32 and classes (B,) int64, read ahead by `workers` processes (0: by this one)."""
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+def loader(samples: Samples, batches: Sequence[Sequence[int]], device: torch.device, workers: int) -> Iterator[list[Tensor]]:
+    """Batches of images (B, 3, H, W) float32 and classes (B,) int64, read ahead by `workers` processes (0: by this one).
+
+    Raises:
+        UserError: an image does not decode.
+    """
+    try:
+        yield from DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+    except UserError as error:  # before the message of a process that reads ahead PyTorch puts its traceback
+        raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None

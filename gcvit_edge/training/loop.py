@@ -55,7 +55,8 @@ def make_accelerator(device: str) -> "Accelerator":
     """The processes of this run (one, or those of `accelerate launch`), on "cpu", "cuda", or "auto": CUDA if there is any.
 
     Raises:
-        UserError: no CUDA device, or Accelerate is not installed.
+        UserError: no CUDA device, Accelerate is not installed, or it computes elsewhere: its configuration says so, or an earlier run of
+            this Python process did.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; check the driver and the PyTorch build, or use --device cpu")
@@ -66,7 +67,16 @@ def make_accelerator(device: str) -> "Accelerator":
         raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install {error.name}") from error
     # short networks have weights that no output depends on, such as the global query of a stage without a global block
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=_WAIT)]
-    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+    try:
+        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+    except ValueError as error:
+        raise UserError(f"--device {device}: {error}") from error
+    if device not in ("auto", accelerator.device.type):
+        raise UserError(
+            f"--device {device}, but Accelerate computes on {accelerator.device}: its configuration, ACCELERATE_USE_CPU or an earlier run "
+            "of this Python process says so; change that, or start a new process"
+        )
+    return accelerator
 
 
 @dataclass
@@ -121,6 +131,7 @@ def fit(
     *,
     state: Path,
     resume: bool = False,
+    or_anew: bool = False,
     teacher: nn.Module | None = None,
     groups: Groups | None = None,
     evaluation: LabelledImages | None = None,
@@ -130,8 +141,9 @@ def fit(
     """Trains `model` in place; gives the model with the average of its weights, in eval mode, and what every epoch gave.
 
     model: (B, 3, H, W) float32 -> (B, classes). state: file that the run is saved to, every `SAVE_SECONDS` and after every
-    epoch; `resume` continues from it. teacher: learnt from as `settings.distillation` says. groups: AdamW's parameter groups,
-    each with an "lr" of its own if it wants one; default, `parameter_groups`. evaluation: images of an accuracy after every epoch.
+    epoch; `resume` continues from it, `or_anew` starts again where it is of another run or damaged. teacher: learnt from as
+    `settings.distillation` says. groups: AdamW's parameter groups, each with an "lr" of its own if it wants one; default,
+    `parameter_groups`. evaluation: images of an accuracy after every epoch.
     origin: what else a resumed run must have in common with the saved one, such as the weights that it starts from.
 
     Processes average their gradients. The random numbers of a forward pass belong to it, so with the same `micro_batch` any
@@ -159,7 +171,7 @@ def fit(
         model=model,
         network=model,
         teacher=None if teacher is None else teacher.to(device).eval(),
-        average=AveragedModel(model, multi_avg_fn=partial(average, limit=settings.ema_decay)).eval(),
+        average=_averaged(model, settings.ema_decay),
         optimizer=optimizer,
         schedule=LambdaLR(optimizer, partial(learning_rate_factor, steps=settings.epochs * per_epoch, warmup=settings.warmup)),
         totals=torch.zeros(3, dtype=torch.float64, device=device),
@@ -167,7 +179,11 @@ def fit(
         identity=identity,
     )
     if resume:
-        run.load()
+        try:
+            run.load()
+        except UserError:
+            if not or_anew:
+                raise
     run.network = accelerator.prepare_model(model)
     with _reproducible(device):
         for epoch in range(run.step // per_epoch, settings.epochs):
@@ -184,6 +200,13 @@ def fit(
     return run.average.module, run.history
 
 
+def _averaged(model: nn.Module, limit: float) -> AveragedModel:
+    """The average of a model's weights, its counter on the CPU: the one that it hands over a GPU would be waited for."""
+    averaged = AveragedModel(model).eval()
+    averaged.multi_avg_fn = lambda old, new, _: average(old, new, int(averaged.n_averaged), limit=limit)
+    return averaged
+
+
 def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar: Bar) -> None:
     """The optimizer steps `steps` of an epoch."""
     settings, accelerator = run.settings, run.accelerator
@@ -191,7 +214,7 @@ def _train_epoch(run: _Run, data: LabelledImages, epoch: int, steps: range, bar:
     order = epoch_order(len(data), settings.seed, epoch)[: steps.stop * settings.batch_size]
     shares = order.reshape(steps.stop, accelerator.num_processes, passes, size)[steps.start :, accelerator.process_index]
     samples = Samples(data, settings.augmentation, settings.seed, epoch)
-    batches = iter(loader(samples, shares.reshape(-1, size).tolist(), accelerator.device, _workers(accelerator)))
+    batches = loader(samples, shares.reshape(-1, size).tolist(), accelerator.device, _workers(accelerator))
     run.model.train()
     for step in steps:
         seen = torch.zeros_like(run.totals)
@@ -228,7 +251,7 @@ def _forward_backward(run: _Run, images: Tensor, classes: Tensor, passes: int) -
     loss = objective(logits, classes, taught, run.settings)
     run.accelerator.backward(loss / passes)
     hits = (logits.detach().argmax(1) == classes).sum()
-    return torch.stack([loss.detach().double() * len(classes), hits, hits.new_tensor(len(classes))])
+    return torch.stack([loss.detach().double() * len(classes), hits, torch.full_like(hits, len(classes))])
 
 
 def accuracy(model: nn.Module, data: LabelledImages, settings: TrainSettings, accelerator: "Accelerator") -> float:

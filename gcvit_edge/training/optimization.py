@@ -47,6 +47,6 @@ def objective(logits: Tensor, classes: Tensor, taught: Tensor | None, settings: 
     return (1 - weight) * loss + weight * divergence
 
 
-def average(averaged: Any, current: Any, updates: Tensor | int, *, limit: float) -> None:
-    """Moves lists of averaged tensors towards the current ones, for `torch.optim.swa_utils.AveragedModel`."""
-    get_ema_multi_avg_fn(ema_decay(int(updates), limit))(averaged, current, updates)
+def average(averaged: Any, current: Any, updates: int, *, limit: float) -> None:
+    """Moves lists of averaged tensors towards the current ones, after `updates` times before."""
+    get_ema_multi_avg_fn(ema_decay(updates, limit))(averaged, current, updates)

@@ -37,7 +37,8 @@ _CALIBRATION = {"operators", "precision", "centering", "smoothing", "equalizatio
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A checked request to fine-tune. state: where an interrupted run waits. calibration: what decides the ranges that it starts from."""
+    """A checked request to fine-tune. state: where an interrupted run waits. or_anew: whether one that is of something else, or damaged,
+    is no matter. calibration: what decides the ranges that it starts from."""
 
     settings: QatSettings
     data: LabelledImages
@@ -45,6 +46,7 @@ class FineTuning:
     state: Path
     resume: bool
     calibration: dict[str, Any] = field(default_factory=dict)
+    or_anew: bool = False
 
 
 def plan_fine_tuning(
@@ -91,7 +93,7 @@ def saved_in_cache(model: GCViT, job: FineTuning, backends: Sequence[str]) -> Fi
         state.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
         return job
-    return replace(job, state=state, resume=state.is_file()) if os.access(state.parent, os.W_OK) else job
+    return replace(job, state=state, resume=state.is_file(), or_anew=True) if os.access(state.parent, os.W_OK) else job
 
 
 def check_teacher(model: GCViT, job: FineTuning, scratch: Path, steps: Steps) -> None:
@@ -139,7 +141,7 @@ def fine_tune(
     # not what calibration gave, whose last bits are another CPU's own
     origin = job.calibration | ({"weights": weights_digest(model.state_dict())} if teacher is None else {})
     trained, history = fit(
-        student, data, settings, accelerator, state=job.state, resume=job.resume, teacher=teacher,
+        student, data, settings, accelerator, state=job.state, resume=job.resume, or_anew=job.or_anew, teacher=teacher,
         groups=groups(student, settings), origin=origin, steps=steps,
     )  # fmt: skip
     accelerator.end_training()

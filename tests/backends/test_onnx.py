@@ -1,9 +1,9 @@
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 
 from gcvit_edge.data import Labels
@@ -16,11 +16,12 @@ RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 
 
-def quantized(tmp_path: Path) -> onnx.ModelProto:
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    artifact = lower_quantized("onnx", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path)
+    artifact = lower_quantized("onnx", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path_factory.mktemp("onnx"))
     return onnx.load(artifact.path)
 
 
@@ -28,8 +29,8 @@ def attribute(node: onnx.NodeProto, name: str) -> int:
     return next(each.i for each in node.attribute if each.name == name)
 
 
-def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
-    model = quantized(tmp_path)
+def test_structure_of_the_int8_graph(quantized: onnx.ModelProto) -> None:
+    model = quantized
     onnx.checker.check_model(model, full_check=True)
     produced = {output: node for node in model.graph.node for output in node.output}
     weights = {initializer.name: initializer for initializer in model.graph.initializer}
@@ -53,8 +54,8 @@ def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
     assert all(bias.data_type == onnx.TensorProto.INT8 for bias in biases)
 
 
-def test_metadata(tmp_path: Path) -> None:
-    properties = {entry.key: entry.value for entry in quantized(tmp_path).metadata_props}
+def test_metadata(quantized: onnx.ModelProto) -> None:
+    properties = {entry.key: entry.value for entry in quantized.metadata_props}
     assert json.loads(properties["names"]) == {"0": "a", "1": "b/c", "2": "d", "3": "e f"}
     assert json.loads(properties["preprocessing"])["size"] == [64, 64]
     assert properties["Image.BitmapPixelFormat"] == "Rgb8"

@@ -1,9 +1,9 @@
-from pathlib import Path
-
 import numpy as np
 import openvino
+import pytest
 import torch
 
+from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import openvino as backend
 from gcvit_edge.data import Labels
 from gcvit_edge.lower import lower_quantized
@@ -15,12 +15,12 @@ RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 
 
-def quantized(tmp_path: Path) -> openvino.Model:
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     torch.manual_seed(0)
     model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    artifact = lower_quantized("openvino", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path)
-    return openvino.Core().read_model(artifact.path)
+    return lower_quantized("openvino", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path_factory.mktemp("openvino"))
 
 
 def is_integer_weight(node: openvino.Node) -> bool:
@@ -30,8 +30,8 @@ def is_integer_weight(node: openvino.Node) -> bool:
     return is_integer_weight(node.input_value(0).get_node())
 
 
-def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
-    model = quantized(tmp_path)
+def test_structure_of_the_int8_graph(artifact: Artifact) -> None:
+    model = openvino.Core().read_model(artifact.path)
     operators = model.get_ordered_ops()
     depends_on_image: set[str] = {op.get_friendly_name() for op in model.get_parameters()}
     for op in operators:  # the weights of depthwise convolutions have rank 5 in OpenVINO; what is computed must not
@@ -55,16 +55,14 @@ def test_structure_of_the_int8_graph(tmp_path: Path) -> None:
     assert all(bias.get_element_type() == openvino.Type.i8 for bias in biases)
 
 
-def test_model_info(tmp_path: Path) -> None:
-    model = quantized(tmp_path)
+def test_model_info(artifact: Artifact) -> None:
+    model = openvino.Core().read_model(artifact.path)
     assert model.get_rt_info(["model_info", "labels"]).astype(str).split() == ["a", "b/c", "d", "e_f"]
     assert model.get_rt_info(["model_info", "model_type"]).astype(str) == "Classification"
     means = [float(value) for value in model.get_rt_info(["model_info", "mean_values"]).astype(str).split()]
     np.testing.assert_allclose(means, [123.675, 116.28, 103.53])
 
 
-def test_a_single_thread_is_not_pinned(tmp_path: Path) -> None:
+def test_a_single_thread_is_not_pinned(artifact: Artifact) -> None:
     """Two processes with a thread each would be pinned to the same CPU, and evaluation takes twice as long."""
-    quantized(tmp_path)
-    path = next(tmp_path.rglob("*.xml"))
-    assert not backend._compile(path, 1, {}).get_property("ENABLE_CPU_PINNING")
+    assert not backend._compile(artifact.path, 1, {}).get_property("ENABLE_CPU_PINNING")

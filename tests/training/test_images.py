@@ -1,5 +1,6 @@
 """Training images: the deployed preprocessing without augmentation, and randomness that depends on (seed, epoch, image) alone."""
 
+import pickle
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_an_image_that_vanished(colours: LabelledImages, tmp_path: Path) -> None
     gone = LabelledImages(ImageFolder(tmp_path, ("a/1.png",), ("a",)), np.zeros(1, np.int64), colours.preprocessing)
     with pytest.raises(UserError, match=r"image a/1\.png of .* does not decode any more"):
         _ = Samples(gone)[0]
+    for workers in (0, 1):
+        with pytest.raises(UserError) as caught:
+            list(loader(Samples(gone), [[0]], torch.device("cpu"), workers))
+        assert str(caught.value).startswith("image a/1.png of ")
+        assert "Traceback" not in str(caught.value)
+
+
+def test_samples_can_be_sent_to_a_process_that_reads_ahead(colours: LabelledImages) -> None:
+    samples = Samples(colours, HEAVY)  # by pickling, where processes are not forked
+    again = pickle.loads(pickle.dumps(samples))
+    assert torch.equal(again[3][0], samples[3][0])
 
 
 def test_the_identity_tells_other_images_classes_and_preprocessing_apart(colours: LabelledImages) -> None:

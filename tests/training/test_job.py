@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched import launcher
 from safetensors.torch import load_file
 from tiny import CLASSES, Tiny, make_tiny
 from torch import Tensor
@@ -117,14 +117,8 @@ def test_the_checkpoint_is_ready_to_quantize(trained: tuple[Path, dict[str, Any]
 
 
 def test_two_processes_give_what_one_gives(trained: tuple[Path, dict[str, Any]], tiny: Tiny, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # --multi_gpu is what makes the launcher start several processes; --device cpu keeps them on the CPU
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", port)
-    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
     output = tmp_path / "two.safetensors"
-    done = train_command(tiny, "-o", output, launcher=launcher)
+    done = train_command(tiny, "-o", output, launcher=launcher(2))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # of one process alone
     assert report["processes"] == 2

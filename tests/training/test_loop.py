@@ -1,23 +1,26 @@
 """The loop: it learns, from labels and from a teacher; it resumes bit for bit; batches may be split."""
 
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launched import free_port
 from torch import Tensor, nn
 from training_checks import assert_same, interrupt_after
 
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.training import optimization
 from gcvit_edge.training.images import LabelledImages, Samples
 from gcvit_edge.training.loop import Epoch, accuracy, make_accelerator
+from gcvit_edge.training.optimization import learning_rate_factor
 from gcvit_edge.training.settings import TrainSettings
 
 Runner = Callable[..., tuple[nn.Module, list[Epoch]]]
@@ -71,6 +74,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 RESUMED_BY_TWO = """
 import sys
 from pathlib import Path
+from typing import Any
 from torch import nn
 from training_checks import interrupt_after
 from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
@@ -103,9 +107,7 @@ accelerator.end_training()
 
 def test_what_two_processes_saw_before_an_interruption_counts(tmp_path: Path, colours: LabelledImages) -> None:
     command = [sys.executable, "-c", RESUMED_BY_TWO, str(tmp_path), str(colours.images.root)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     launched |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     running = [
         subprocess.Popen(command, env=os.environ | launched | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
@@ -125,10 +127,7 @@ def test_processes_wait_for_hours_while_one_reads_all_images() -> None:
         "import torch.distributed as d; from gcvit_edge.training.loop import make_accelerator; make_accelerator('cpu');"
         "print(d.distributed_c10d._get_default_group()._get_backend(d.distributed_c10d._get_pg_default_device()).options._timeout.total_seconds())"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -147,6 +146,40 @@ def test_a_split_batch_gives_the_gradient_of_the_whole(small_model: Maker, run: 
     assert [e.loss for e in split_history] == pytest.approx([e.loss for e in history], abs=1e-4)
     # not weight by weight: the biases of keys have no gradient but rounding (softmax takes no notice of them), and AdamW follows it
     torch.testing.assert_close(logits(split, colours), logits(whole, colours), atol=1e-3, rtol=0)
+
+
+def test_what_a_step_does(small_model: Maker, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is that of the whole batch however it is split, clipped; the learning rate follows the schedule, the average its decay.
+    AdamW hides all but the last: it takes no notice of a gradient's scale."""
+    limit, rates, averages = 0.5, [], []
+    norms: dict[int, list[tuple[float, float]]] = {8: [], 2: []}
+    clip, step, moved = nn.utils.clip_grad_norm_, torch.optim.AdamW.step, optimization.ema_decay
+
+    def clipped(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+        parameters = list(parameters)
+        before = clip(parameters, most)
+        after = torch.stack([parameter.grad.norm() for parameter in parameters if parameter.grad is not None]).norm()
+        norms[micro].append((float(before), float(after)))
+        return before
+
+    def stepped(optimizer: torch.optim.AdamW, *rest: Any) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *rest)
+
+    def decayed(updates: int, most: float) -> float:
+        averages.append(moved(updates, most))
+        return averages[-1]
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
+    monkeypatch.setattr("torch.optim.AdamW.step", stepped)
+    monkeypatch.setattr(optimization, "ema_decay", decayed)
+    for micro in norms:
+        run(small_model(), f"micro{micro}", settings={"micro_batch": micro, "clip_norm": limit, "warmup": 0.2, "ema_decay": 0.3})
+    assert norms[2][0][0] == pytest.approx(norms[8][0][0], rel=1e-3)
+    assert norms[8][0][0] > limit
+    assert all(after <= limit * 1.001 for _, after in norms[8])
+    assert rates[:10] == pytest.approx([1e-3 * learning_rate_factor(i, steps=10, warmup=0.2) for i in range(10)])
+    assert averages[:9] == pytest.approx([2 / 11, 3 / 12, 4 / 13, *[0.3] * 6][:9], abs=0.01)
 
 
 def test_groups_have_their_own_learning_rates(small_model: Maker, run: Runner) -> None:
@@ -196,6 +229,9 @@ def test_only_the_run_that_was_saved_is_resumed(small_model: Maker, run: Runner,
         (tmp_path / "state").write_bytes(damaged)
         with pytest.raises(UserError, match="is no saved run, or a damaged one"):
             run(small_model(), settings={}, resume=True)
+    _, anew = run(small_model(), settings={}, resume=True, or_anew=True)
+    _, once_more = run(small_model(), "other", settings={})
+    assert [epoch.loss for epoch in anew] == [epoch.loss for epoch in once_more]
 
 
 def test_what_cannot_be_trained(small_model: Maker, run: Runner) -> None:
@@ -214,3 +250,10 @@ def test_no_cuda_device() -> None:
     with pytest.raises(UserError, match="--device cuda: PyTorch sees no CUDA device"):
         make_accelerator("cuda")
     assert make_accelerator("auto").device.type == "cpu"
+
+
+def test_an_accelerator_that_computes_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    make_accelerator("auto")  # on the CPU, as every run of this process is from now on
+    with pytest.raises(UserError, match="--device cuda, but Accelerate computes on cpu: its configuration, ACCELERATE_USE_CPU or an"):
+        make_accelerator("cuda")

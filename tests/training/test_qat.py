@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launched import launcher
 from tiny import CLASSES, Tiny, make_tiny
 from torch import Tensor, nn
 from training_checks import assert_same, interrupt_after
@@ -269,12 +269,7 @@ def test_the_bundle_and_its_report(made: tuple[Bundle, dict[str, Any]], tiny: Ti
 
 
 def test_two_processes_give_what_one_gives(made: tuple[Bundle, dict[str, Any]], tiny: Tiny, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", port)
-    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no")
-    report = command(tiny, tmp_path / "two", launcher)  # of one process alone
+    report = command(tiny, tmp_path / "two", launcher(2))  # of one process alone
     assert report["training"]["processes"] == 2
     for two, one in zip(report["training"]["epochs"], made[1]["training"]["epochs"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-9)
