@@ -43,7 +43,7 @@ def test_structure_of_the_int8_graph(quantized: onnx.ModelProto) -> None:
     assert all(weights[node.input[1]].data_type == onnx.TensorProto.INT8 for node in linears)
     inputs = Counter(produced[node.input[0]].op_type for node in linears)
     # linears of local blocks, of global ones, which have no q, and of the MBConvs; and convolutions as such products
-    assert inputs == {"DynamicQuantizeLinear": 4 * 6 + 2 * 5 + 9, "Concat": 4}
+    assert inputs == {"DynamicQuantizeLinear": 4 * 6 + 2 * 5 + 9, "Reshape": 4}
     dense = [node for node in model.graph.node if node.op_type == "Conv" and attribute(node, "group") == 1]
     assert [node.input[0] for node in dense] == ["image"]
     assert kinds["QuantizeLinear"] == 0  # no scale is from calibration
