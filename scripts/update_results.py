@@ -5,7 +5,7 @@
     python benchmarks/arm_counts.py --json results/arm_counts/gcvit_xxtiny.json
     python benchmarks/accuracy.py --weights FILE --train DIR --eval DIR --json results/accuracy/tiny_imagenet.json
     gcvit-edge quantize --recipe int8_qat ... --output qat && cp qat/report.json results/qat/tiny_imagenet.json
-    gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ... --output auto && cp auto/report.json results/auto/tiny_imagenet.json
+    gcvit-edge quantize --recipe int8_auto --max-drop 0.15 ... --output auto && cp auto/report.json results/auto/tiny_imagenet.json
     python scripts/update_results.py
 
 Each results/NAME.json, results/qat/NAME.json and results/auto/NAME.json is the report.json of one run; the table has one row an
