@@ -30,8 +30,6 @@ def main() -> None:
     steps = [*WAYS[way].split(", "), dtype_name]
     dtype = compute_in(steps)
     model, images = model.to(dtype), images.to(dtype)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     forward = prepare(model, steps, images)
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""Paths that people give."""
+"""Paths that people give, and files that are written whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gcvit_edge.errors import UserError
@@ -29,3 +31,14 @@ def require_folder(path: Path) -> None:
         raise UserError(f"cannot write to {path}: {found} is no folder; choose another --output")
     if not os.access(found, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {path}: no permission to write to {found}; choose another --output")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when the body ends well, and vanishes when it does not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,7 +11,7 @@
 Each results/NAME.json, results/qat/NAME.json and results/auto/NAME.json is the report.json of one run; the table has one row an
 artifact. Each results/vs_stock/MODEL_CPU.json, results/arm_counts/MODEL.json and results/accuracy/NAME.json is what that benchmark
 wrote; the tables have one row a runtime, one a file on an emulated CPU, and one an artifact. The picture, results/vs_stock.svg, shows
-GC ViT-XXT and B of results/vs_stock; it needs `gcvit-edge[analyze]`.
+GC ViT-XXT and B of results/vs_stock; it needs matplotlib.
 """
 
 import json

@@ -13,8 +13,6 @@ from gcvit_edge.quantization.integers import GroupedWeight
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_END = 2**63 - 1  # of an axis
-
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """For `torch.onnx.export`: our own operators of PyTorch, and what they are in ONNX."""

@@ -82,7 +82,7 @@ def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: N
     """
 
     def probe(image: Image.Image) -> NDArray[np.uint8]:
-        check_shape(image)
+        check_shape(image)  # before its sides are rounded
         image.draft("RGB", (1, 1))  # for JPEG: all of the file is read, at an eighth of the resolution
         upright_rgb(image)
         return np.empty(0, np.uint8)

@@ -26,6 +26,7 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
 from gcvit_edge.model.layout import State, from_nvlabs, infer_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
+from gcvit_edge.paths import written_whole
 
 _METADATA_KEY = "gcvit_edge"
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -101,12 +102,8 @@ def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) ->
     """
     dtype = torch.float16 if half else torch.float32
     state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_bytes(save(state, {"format": "pt", _METADATA_KEY: info.model_dump_json()}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def variant_of(config: GCViTConfig) -> str | None:
@@ -127,7 +124,7 @@ def config_of(checkpoint: Checkpoint, name: str | None, size: tuple[int, int] | 
     if checkpoint.sides_known:
         return config
     if size is None:
-        raise UserError(_either_side(source=checkpoint.origin.source, sides=checkpoint.config.img_size))
+        raise UserError(_either_side(checkpoint.origin.source, checkpoint.config.img_size))
     return replace(config, img_size=size)
 
 

@@ -46,7 +46,7 @@ def infer_config(state: State, source: str) -> GCViTConfig:
     """The shape that a state dict in our layout was made for, read off its tensors.
 
     Raises:
-        UserError: the keys are not those of a GC ViT.
+        UserError: the keys are not those of a GC ViT, or its tables of position biases are of no windows.
     """
     try:
         dim, in_chans = state["stem.conv1.weight"].shape[:2]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gcvit_edge.errors import UserError
+from gcvit_edge.paths import written_whole
 
 
 def state_beside(output: Path) -> Path:
@@ -32,12 +33,10 @@ def write_state(path: Path, identity: dict[str, Any], content: dict[str, Any]) -
     Raises:
         UserError: the disk does not take it.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        torch.save({"identity": identity, "content": content}, partial)
-        partial.replace(path)
+        with written_whole(path) as partial:
+            torch.save({"identity": identity, "content": content}, partial)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot save the run to {path}: {error}; make room, then --resume") from error
 
 

@@ -17,11 +17,11 @@ IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16,
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+def model(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     torch.manual_seed(0)
-    model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
-    info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    artifact = lower_quantized("onnx", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path_factory.mktemp("onnx"))
+    network = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
+    info = describe_model(network, Labels.of(["a", "b/c", "d", "e f"]))
+    artifact = lower_quantized("onnx", calibrate(network, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path_factory.mktemp("onnx"))
     return onnx.load(artifact.path)
 
 
@@ -29,8 +29,7 @@ def attribute(node: onnx.NodeProto, name: str) -> int:
     return next(each.i for each in node.attribute if each.name == name)
 
 
-def test_structure_of_the_int8_graph(quantized: onnx.ModelProto) -> None:
-    model = quantized
+def test_structure_of_the_int8_graph(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
     produced = {output: node for node in model.graph.node for output in node.output}
     weights = {initializer.name: initializer for initializer in model.graph.initializer}
@@ -54,8 +53,8 @@ def test_structure_of_the_int8_graph(quantized: onnx.ModelProto) -> None:
     assert all(bias.data_type == onnx.TensorProto.INT8 for bias in biases)
 
 
-def test_metadata(quantized: onnx.ModelProto) -> None:
-    properties = {entry.key: entry.value for entry in quantized.metadata_props}
+def test_metadata(model: onnx.ModelProto) -> None:
+    properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["names"]) == {"0": "a", "1": "b/c", "2": "d", "3": "e f"}
     assert json.loads(properties["preprocessing"])["size"] == [64, 64]
     assert properties["Image.BitmapPixelFormat"] == "Rgb8"

@@ -74,7 +74,6 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 RESUMED_BY_TWO = """
 import sys
 from pathlib import Path
-from typing import Any
 from torch import nn
 from training_checks import interrupt_after
 from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
