@@ -4,7 +4,7 @@
 
 DIR holds the four files of Fashion-MNIST as published (*-ubyte.gz; Debian's package dataset-fashion-mnist has them).
 FILE is the checkpoint in timm's key layout, with its .json of classes and preprocessing beside it.
-OUT is a folder for train.zip and test.zip of all 70,000 images, for `gcvit-edge train`.
+OUT is a folder for train.zip and test.zip of all 70,000 images, for `gcvit-edge train`; the sample then stays as it is.
 """
 
 import argparse
@@ -88,8 +88,9 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--all", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    write_images(arguments.fashion_mnist)
-    if arguments.checkpoint:
-        write_checkpoint(arguments.checkpoint)
     if arguments.all:
         write_all(arguments.fashion_mnist, arguments.all)
+    else:
+        write_images(arguments.fashion_mnist)
+    if arguments.checkpoint:
+        write_checkpoint(arguments.checkpoint)

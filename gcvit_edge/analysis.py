@@ -156,6 +156,7 @@ def _backend(
     kept = set(deployed.recipe.keep_float)
     return {
         "backend": name,
+        "precision": job.recipe.precision,
         "kept_float": sorted(kept),
         "float_ms": round(float_ms, 3),
         "int8_ms": round(int8_ms, 3),

@@ -55,12 +55,12 @@ def _version(name: str) -> str | None:
 
 def _try(name: str) -> str:
     """Makes, quantizes and runs a tiny GC ViT; whatever goes wrong is the answer, not an error."""
-    import torch
-
-    from gcvit_edge.model.create import create_model, describe_model
-    from gcvit_edge.quantization.calibrate import calibrate
-
     try:
+        import torch
+
+        from gcvit_edge.model.create import create_model, describe_model
+        from gcvit_edge.quantization.calibrate import calibrate
+
         torch.manual_seed(0)
         model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
         info = describe_model(model)

@@ -1,5 +1,6 @@
 """Paths that people give, and files that are written whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ def require_folder(path: Path) -> None:
         raise UserError(f"cannot write to {path}: {found} is no folder; choose another --output")
     if not os.access(found, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {path}: no permission to write to {found}; choose another --output")
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk, or someone's share of it, is full: no bad input, and told with an exit code of its own."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

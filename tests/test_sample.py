@@ -94,5 +94,6 @@ def test_sample_is_rebuilt_to_the_byte(tmp_path: Path, monkeypatch: pytest.Monke
     script.write_text((CALIB / "make_sample.py").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", [str(script), "--fashion-mnist", str(ORIGINALS)])
     runpy.run_path(str(script), run_name="__main__")
+    assert {path.name for path in tmp_path.iterdir()} == {"make_sample.py", "manifest.csv", *COUNTS}
     for name in (*COUNTS, "manifest.csv"):
         assert (tmp_path / name).read_bytes() == (CALIB / name).read_bytes(), name

@@ -220,3 +220,13 @@ def test_the_embedded_sample_holds_images_out(tmp_path: Path) -> None:
     assert job.held_out is not None
     assert (job.calibration.root.name, job.evaluation.root.name) == ("train.zip", "eval.zip")
     assert (len(job.calibration.files), len(job.held_out.files)) == (128, 872)
+
+
+def test_lines_are_of_the_artifact_that_ships() -> None:
+    trial = {"layers_float": 1, "drop_ci95": [-0.1, 0.2], "within": True}
+    safe = trial | {"drop_ci95": [0.1, 7.0], "within": False}  # as many layers, faster, and refused
+    ms = {"plain": 1.0, "chosen": 2.0, "safe": 1.5, "float": 3.0}
+    search = {"kept_float": ["head"], "found": ["head"], "safe_choice": ["conv1"], "latency_ms": ms}
+    search["tried"] = [trial | {"layers_float": 0, "drop_ci95": [1.0, 3.0], "within": False}, trial, safe]
+    lines = search_lines({"limits": {"max_drop": 0.5}, "artifacts": [{"backend": "onnx", "search": search}]})
+    assert "at most 0.20 points on held-out images (limit 0.5; plain INT8 3.00)" in lines[0]

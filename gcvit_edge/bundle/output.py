@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gcvit_edge.bundle.manifest import MANIFEST
 from gcvit_edge.errors import UserError
-from gcvit_edge.paths import require_folder
+from gcvit_edge.paths import is_full, require_folder
 
 
 @contextmanager
@@ -30,6 +30,8 @@ def staged_bundle(output: Path, force: bool) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=parent))
     except OSError as error:
+        if is_full(error):
+            raise
         raise UserError(f"cannot write to {parent}: {error.strerror}; choose another --output") from error
     stage, replaced = scratch / "new", scratch / "old"
     try:

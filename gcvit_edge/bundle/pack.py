@@ -55,12 +55,13 @@ def pack(
     for artifact, logits in artifacts.items():
         np.save(stage / golden_output(artifact), logits)
         files.append(describe_file(stage, stage / golden_output(artifact), "golden", artifact))
+    shipped = {artifact.path.relative_to(stage).as_posix(): artifact for artifact in artifacts}
     requirements = {artifact.backend: load_backend(artifact.backend).requirements(artifact.path) for artifact in artifacts}
     texts: list[tuple[str, Role, str]] = [
         ("labels.txt", "labels", "".join(f"{name}\n" for name in info.labels.names)),
         ("preprocessor_config.json", "preprocessing", _json(info.preprocessing.to_huggingface())),
         ("report.json", "report", _json(report)),
-        ("README.md", "card", model_card(info, report, requirements)),
+        ("README.md", "card", model_card(info, report, shipped, requirements)),
     ]
     for name, role, text in texts:
         (stage / name).write_text(text, encoding="utf-8")

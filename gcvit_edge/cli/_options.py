@@ -41,9 +41,9 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where the bundle goes: --backends, --output, --zip, --force, --threads."""
-    text = "executorch openvino onnx (default: all, or those of the recipe)"
+    text = "executorch openvino onnx (default: those of the recipe; of export, all)"
     parser.add_argument("--backends", nargs="+", action="extend", metavar="B", help=text)
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here)")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here; of export, MODEL.float)")
     parser.add_argument("--zip", action="store_true", help="one .zip file instead of a folder")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already there")
     add_threads(parser)

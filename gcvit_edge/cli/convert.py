@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcvit_edge.cli._options import add_model_options, model_options
-from gcvit_edge.cli._output import is_unwritable
 from gcvit_edge.errors import UserError
+from gcvit_edge.paths import is_full
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     try:
         save_checkpoint(model, info, output, half=arguments.half)
     except OSError as error:
-        if is_unwritable(error):
-            raise  # a full disk has its own exit code
+        if is_full(error):
+            raise
         raise UserError(f"cannot write {output}: {error}; choose another --output") from error
     lines = [f"{output}: {info.name}, {len(info.labels.names)} classes, licence {info.origin.licence}, origin {info.origin.source}"]
     return Result({"file": str(output), **info.model_dump()}, lines)

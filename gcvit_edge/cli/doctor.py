@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
+    from rich.markup import escape
     from rich.table import Table
 
     from gcvit_edge.cli import Result
@@ -34,10 +35,10 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
         packages.add_row(name, version or "[red]not installed[/]")
     backends = Table("backend", "state", title="Backends", title_justify="left")
     for name, state in data["backends"].items():
-        backends.add_row(name, f"[green]{state}[/]" if state.startswith("works") else state)
+        backends.add_row(name, f"[green]{escape(state)}[/]" if state.startswith("works") else escape(state))
     targets = Table("target", "state", title="Targets", title_justify="left")
     for name, state in data["targets"].items():
-        targets.add_row(name, f"[green]{state}[/]" if state == "available" else state)
+        targets.add_row(name, f"[green]{state}[/]" if state == "available" else escape(state))
     features = Table("feature", "for", "here", title=f"{data['cpu']}, {data['cpus']} CPUs", title_justify="left")
     for feature in data["int8_features"]:
         features.add_row(feature["flag"], feature["meaning"], "[green]yes[/]" if feature["present"] else "[yellow]no[/]")

@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gcvit_edge.errors import UserError, unknown_name
+from gcvit_edge.paths import is_full
 from gcvit_edge.targets import load_target, parse_target, target_names
 
 
@@ -101,5 +102,7 @@ def _own_folders(device: str, options: Any) -> Any:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            if is_full(error):
+                raise
             raise UserError(f"{key}: cannot make folder {folder}: {error.strerror}; give another folder, not a file") from error
     return replace(options, **own)

@@ -45,13 +45,18 @@ class Parity(BaseModel):
 
 
 def check_parity(
-    logits: NDArray[np.float32], golden: NDArray[np.float32], *arithmetic: Arithmetic, measured_db: float | None = None
+    logits: NDArray[np.float32],
+    golden: NDArray[np.float32],
+    made_in: Arithmetic,
+    computed_in: Arithmetic | None = None,
+    measured_db: float | None = None,
 ) -> Parity:
-    """Compares logits (N, classes) with the golden ones. arithmetic: what either was computed in, one or several. measured_db: SQNR
-    against float that the artifact was measured to have; without it gross errors alone are found.
+    """Compares logits (N, classes) with the golden ones. made_in: what the golden ones were computed in. computed_in: what these were,
+    where it is not the same artifact in the same arithmetic. measured_db: SQNR against float that the golden ones' artifact was measured
+    to have; without it gross errors alone are found.
 
-    They pass if the SQNR reaches the lowest of their floors and the measured one less `MARGIN_DB`, and the top class is the same
-    wherever the golden one leads by more than the noise that this lets through, twice its RMS.
+    They pass if the SQNR reaches the lower floor of the two arithmetics, that of the golden ones being at least the measured one less
+    `MARGIN_DB`, and the top class is the same wherever the golden one leads by more than the noise that this lets through, twice its RMS.
 
     Raises:
         CheckFailed: the logits have another shape.
@@ -61,9 +66,11 @@ def check_parity(
             f"the artifact gives {logits.shape} logits, its golden output has {golden.shape}; get the bundle again, or, for PyTorch, give "
             "--weights the checkpoint that the bundle was made of"
         )
-    minimum = min(MIN_SQNR_DB[each] for each in arithmetic)
+    minimum = MIN_SQNR_DB[made_in]
     if measured_db is not None:
         minimum = max(minimum, min(measured_db - MARGIN_DB, MIN_SQNR_DB["float"]))
+    if computed_in is not None:
+        minimum = min(minimum, MIN_SQNR_DB[computed_in])
     level = finite_db(sqnr_db(logits, golden))
     same = logits.argmax(1) == golden.argmax(1)
     noise = np.sqrt(np.square(golden, dtype=np.float64).mean()) * 10 ** (-minimum / 20)

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from gcvit_edge.errors import UserError, unknown_name
+from gcvit_edge.paths import is_full
 
 RUNNER = "gcvit-edge-runner"
 _SOURCES = Path(__file__).parent
@@ -185,6 +186,8 @@ def _kept(name: str, decided_by: Sequence[str], make: Callable[[Path], None]) ->
                 make(made)
                 made.rename(folder)
         except OSError as error:
+            if is_full(error):
+                raise
             if not folder.is_dir():  # else another process was first
                 raise UserError(f"cannot write {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
     return folder

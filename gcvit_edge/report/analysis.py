@@ -51,8 +51,8 @@ def _layers(entry: dict[str, Any], images: int) -> Table:
 
 
 def _classes(entry: dict[str, Any]) -> Table:
-    drift = entry["drift"]
-    table = _table(f"{entry['backend']}: what classes lose", "class", "images", "float", "INT8", "lost", "won", "drop", "SQNR")
+    drift, precision = entry["drift"], entry["precision"].upper()
+    table = _table(f"{entry['backend']}: what classes lose", "class", "images", "float", precision, "lost", "won", "drop", "SQNR")
     for row in [{"class": "all", **drift["all"]}, *drift["classes"][:5]]:
         low, high = row["drop_ci95"]
         table.add_row(

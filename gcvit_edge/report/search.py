@@ -14,7 +14,8 @@ def _lines(entry: dict[str, Any], limit: float) -> list[str]:
     plain = tried[0]
     if not kept:
         return [f"{backend}: plain INT8 loses at most {plain['drop_ci95'][1]:.2f} points on held-out images, so no layer stays float"]
-    last = next(trial for trial in reversed(tried) if trial["layers_float"] == len(kept))
+    trials = [trial for trial in tried if trial["layers_float"] == len(kept)]
+    shipped = next((trial for trial in reversed(trials) if trial["within"]), trials[-1])  # a safe choice that is not does not ship
     shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
     found = search["found"]
     if kept != found:
@@ -22,7 +23,7 @@ def _lines(entry: dict[str, Any], limit: float) -> list[str]:
     else:
         kept_ms, other = "chosen", f"the safe choice {ms['safe']:.1f} (the first {len(search['safe_choice'])} layers in float)"
     return [
-        f"{backend}: {len(kept)} layers stay float, {shown}: at most {last['drop_ci95'][1]:.2f} points on held-out images "
+        f"{backend}: {len(kept)} layers stay float, {shown}: at most {shipped['drop_ci95'][1]:.2f} points on held-out images "
         f"(limit {limit}; plain INT8 {plain['drop_ci95'][1]:.2f})",
         f"  {ms[kept_ms]:.1f} ms; plain INT8 {ms['plain']:.1f}, float {ms['float']:.1f}, {other}",
     ]

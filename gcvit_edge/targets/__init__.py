@@ -89,9 +89,10 @@ class Case:
 
         golden = self.golden or self.artifact
         computed_in = self.arithmetic or self.artifact.precision
-        # of the artifact itself: what is rounded in another way has the noise of both
-        measured_db = bundle.measured_db(golden) if golden is self.artifact and computed_in == golden.precision else None
-        return check_parity(logits, bundle.golden_logits(golden), computed_in, golden.precision, measured_db=measured_db)
+        is_same = golden is self.artifact and computed_in == golden.precision  # else it has the noise of both
+        return check_parity(
+            logits, bundle.golden_logits(golden), golden.precision, None if is_same else computed_in, bundle.measured_db(golden)
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.paths import written_whole
 
 
@@ -31,13 +31,13 @@ def write_state(path: Path, identity: dict[str, Any], content: dict[str, Any]) -
     """Writes the `content` of a run (tensors and plain values) with the `identity` that `read_state` asks for.
 
     Raises:
-        UserError: the disk does not take it.
+        CheckFailed: the disk does not take it.
     """
     try:
         with written_whole(path) as partial:
             torch.save({"identity": identity, "content": content}, partial)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot save the run to {path}: {error}; make room, then --resume") from error
+        raise CheckFailed(f"cannot save the run to {path}: {error}; make room, then --resume") from error
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

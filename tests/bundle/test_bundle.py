@@ -3,10 +3,12 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from bundles import FILES, edit_manifest, listing, replace_golden, replace_listed
 from tiny import CLASSES, EVALUATION_IMAGES, Tiny
 
@@ -14,7 +16,9 @@ import gcvit_edge
 from gcvit_edge import Bundle, export_float, open_bundle
 from gcvit_edge.data import Preprocessing, find_images, read_image, read_preprocessing
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
+from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE
 from gcvit_edge.report.card import model_card
+from gcvit_edge.training.job import OWN_LICENCE
 
 # what is in it
 
@@ -110,11 +114,39 @@ def test_model_card_shows_the_measured_numbers(bundle: Bundle) -> None:
 
 def test_model_card_names_the_precision(bundle: Bundle) -> None:
     (entry,) = bundle.report["artifacts"]
-    card = model_card(bundle.info, bundle.report | {"artifacts": [entry | {"precision": "fp16"}]}, bundle.manifest.requirements)
+    half = replace(bundle.artifact(), precision="fp16")
+    report = bundle.report | {"artifacts": [entry | {"precision": "fp16"}]}
+    card = model_card(bundle.info, report, {"model.fp16.onnx": half}, bundle.manifest.requirements)
     assert card.startswith("---\nlibrary_name: ")
     assert "\ntags: [gcvit, image-classification, fp16]\n" in card
     assert "| ms p50, FP16 / float |" in card
-    assert "int8" not in card.replace(entry["file"], "").lower()
+    assert "int8" not in card.lower()
+
+
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [
+        ("Apache-2.0", "license: apache-2.0"),
+        ("MIT", "license: mit"),
+        (NVLABS_LICENCE, "license: cc-by-nc-sa-4.0"),
+        (UNKNOWN_LICENCE, "license: unknown"),
+        (OWN_LICENCE, f'license: other\nlicense_name: "{OWN_LICENCE}"'),
+        ('CC BY 4.0, "as is"', 'license: other\nlicense_name: "CC BY 4.0, \\"as is\\""'),
+    ],
+)
+def test_metadata_of_the_card_says_the_licence(licence: str, said: str, bundle: Bundle) -> None:
+    origin = bundle.info.origin.model_copy(update={"licence": licence})
+    card = model_card(bundle.info.model_copy(update={"origin": origin}), bundle.report, {}, bundle.manifest.requirements)
+    assert f"\n{said}\n" in card.split("---")[1]
+    described = yaml.safe_load(card.split("---")[1])
+    assert described["license"] == said.splitlines()[0].removeprefix("license: ")
+    assert described.get("license_name") in (None, licence)
+
+
+def test_the_card_lists_what_ships(weights: Path, tmp_path: Path) -> None:
+    made = export_float(weights=str(weights), backends=["onnx", "openvino"], output=tmp_path / "bundle", threads=1)
+    rows = [line for line in (made.root / "README.md").read_text().splitlines() if line.startswith("| onnx") or line.startswith("| openvino")]
+    assert [row.split("|")[3].strip(" `") for row in rows] == ["model.float.onnx", "openvino/model.float.xml"]
 
 
 def test_onnx_metadata_carries_labels_and_preprocessing(bundle: Bundle) -> None:

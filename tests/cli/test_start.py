@@ -199,6 +199,13 @@ def test_doctor_quick(command: Command) -> None:
     assert outcome.json["targets"]["local"] == "available"
 
 
+def test_doctor_shows_messages_that_look_like_markup(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcvit_edge.doctor._try", lambda name: "fails: OSError: [/usr/lib/broken.so]")
+    outcome = command("doctor")
+    assert outcome.code == 4
+    assert outcome.out.count("fails: OSError: [/usr/lib/broken.so]") == 3
+
+
 def test_doctor_of_a_backend_that_fails_is_exit_4(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gcvit_edge.doctor.backend_names", lambda: ["onnx", "tensorrt"])
     outcome = command("doctor", "--json")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.measurement.parity import check_parity
+from gcvit_edge.measurement.parity import MIN_SQNR_DB, Arithmetic, check_parity
 
 GOLDEN = np.array([[4.0, 1.0, -2.0, 0.5], [-1.0, 0.2, 3.0, -0.7]], np.float32)
 
@@ -25,6 +25,12 @@ def test_int8_repeats_about_as_exactly_as_it_was_measured(measured: float | None
     noisy = GOLDEN * np.float32(1 + 10 ** (-30 / 20))  # at 30 dB: what sums that saturate leave of 40 dB
     parity = check_parity(noisy, GOLDEN, "int8", measured_db=measured)
     assert (parity.minimum_db, parity.passed) == (minimum, minimum < 30)
+
+
+@pytest.mark.parametrize(("computed_in", "minimum"), [("float", 34), ("float16", 34), ("bfloat16", 25), ("int8", 20)])
+def test_what_is_computed_otherwise_has_the_lower_floor_of_the_two(computed_in: Arithmetic, minimum: float) -> None:
+    assert check_parity(GOLDEN, GOLDEN, "int8", computed_in, measured_db=40.0).minimum_db == minimum
+    assert check_parity(GOLDEN, GOLDEN, "float", computed_in).minimum_db == MIN_SQNR_DB[computed_in]
 
 
 def test_another_top_class_fails_though_the_noise_is_low() -> None:

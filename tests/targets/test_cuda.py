@@ -153,8 +153,10 @@ def test_an_int8_golden_lowers_the_floor(bundle: Bundle, weights: Path, tmp_path
     measured = Bundle(copy.path, copy.root, copy.manifest.model_copy(update={"results": [result]}))
     cases = cuda._pytorch_cases([artifact], cuda.Options(weights))
     assert {case.golden for case in cases} == {artifact}
-    # torchao's INT8 is another one than the artifact's, which was measured: it has the noise of both
-    assert {case.check(logits, measured).minimum_db for case in cases} == {20}
+    # INT8 is as far from float as it was measured to be; torchao's is another one than the artifact's: it has the noise of both
+    floors = {case.execution: case.check(logits, measured).minimum_db for case in cases}
+    assert floors.pop("torchao, compiled, CUDA graphs, float32") == 20
+    assert set(floors.values()) == {36}
     assert Case(artifact, "cpu").check(logits, measured).minimum_db == 36
 
 
