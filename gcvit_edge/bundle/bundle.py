@@ -1,13 +1,12 @@
 """An opened bundle: its artifacts, what they predict, whether they are what was shipped."""
 
-import errno
 import json
 import lzma
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,18 @@ from gcvit_edge.bundle.manifest import (
     read_manifest,
     sha256,
 )
+from gcvit_edge.cpus import default_threads
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
 from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.paths import is_full
 from gcvit_edge.targets import Case
-from gcvit_edge.targets.local import Session, default_threads
+from gcvit_edge.targets.local import Session
 
 _MAX_LEVELS = 1.5  # of 255: resampling may round otherwise
 _MAX_MANIFEST_BYTES = 2**24  # labels of 20,000 classes take half a million
+_MOST_UNPACKED = 100  # times what is packed: weights are hardly smaller in a zip
 
 
 class Bundle:
@@ -191,9 +193,11 @@ class Bundle:
         if not any(file.path == GOLDEN_IMAGE for file in self.manifest.files):
             return  # of a bundle from before there was one
         got, expected = read_image(self.root / GOLDEN_IMAGE, self.info.preprocessing), self._tensor(GOLDEN_PREPROCESSED)
+        if got.shape != expected.shape:
+            raise CheckFailed(f"{GOLDEN_PREPROCESSED} has shape {expected.shape}, expected {got.shape}; get the bundle again")
         std = np.array(self.info.preprocessing.std, np.float32)[:, None, None]
         levels = float(np.abs((got - expected) * std).max()) * 255
-        if levels > _MAX_LEVELS:
+        if not levels <= _MAX_LEVELS:  # which NaN is not
             raise CheckFailed(
                 f"{GOLDEN_IMAGE} preprocessed here differs from {GOLDEN_PREPROCESSED} by up to {levels:.0f} of 255 levels, "
                 f"expected at most {_MAX_LEVELS}; Pillow is {package_version('pillow')} here"
@@ -231,7 +235,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises:
         UserError: there is no bundle, its manifest is not valid or of a newer format, or the zip is damaged.
-        CheckFailed: a file of the zip is larger than its manifest says.
+        CheckFailed: a file of the zip is larger than its manifest says, or all of it is packed too well to be weights.
         OSError: there is no room to unpack the zip.
     """
     path = Path(path)
@@ -247,24 +251,41 @@ _unpacked: list[tempfile.TemporaryDirectory[str]] = []
 
 def _unpack(path: Path) -> Bundle:
     folder = tempfile.TemporaryDirectory(prefix="gcvit-edge-")
-    _unpacked.append(folder)
     root = Path(folder.name)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _extract(archive, MANIFEST, _MAX_MANIFEST_BYTES, root)
-            manifest = read_manifest(root, path)
-            for file in manifest.files:
-                _extract(archive, file.path, file.size_bytes, root)
-            listed = {MANIFEST, *(file.path for file in manifest.files)}
-            return Bundle(path, root, manifest, [name for name in archive.namelist() if name not in listed and not name.endswith("/")])
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # nothing is wrong with the bundle
-        raise UserError(f"{path} is damaged ({error}); get the bundle again") from error
+    with ExitStack() as stack:
+        stack.callback(folder.cleanup)  # unless all of it is there
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bundle = _extracted(archive, path, root)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and is_full(error):
+                raise  # nothing is wrong with the bundle
+            raise UserError(f"{path} is damaged ({error}); get the bundle again") from error
+        stack.pop_all()
+    _unpacked.append(folder)
+    return bundle
+
+
+def _extracted(archive: zipfile.ZipFile, path: Path, root: Path) -> Bundle:
+    """Unpacks what the manifest lists.
+
+    Raises:
+        CheckFailed: a file is larger than listed, or packed so well that it holds no network: a small zip may hold more than a disk does.
+    """
+    _extract(archive, MANIFEST, _MAX_MANIFEST_BYTES, root)
+    manifest = read_manifest(root, path)
+    listed = {file.path: file.size_bytes for file in manifest.files}
+    packed = sum(entry.compress_size for entry in archive.infolist())
+    if sum(listed.values()) > _MOST_UNPACKED * packed + _MAX_MANIFEST_BYTES:
+        raise CheckFailed(f"{path} lists {sum(listed.values())} bytes and has {packed}, far too few for weights; get the bundle again")
+    for name, size in listed.items():
+        _extract(archive, name, size, root)
+    others = [name for name in archive.namelist() if name not in {MANIFEST, *listed} and not name.endswith("/")]
+    return Bundle(path, root, manifest, others)
 
 
 def _extract(archive: zipfile.ZipFile, name: str, most: int, root: Path) -> None:
-    """Unpacks a file of at most so many bytes: a small zip may hold more than a disk does. One that is missing is for `verify`."""
+    """Unpacks a file of at most so many bytes. One that is missing is for `verify`."""
     if name not in archive.namelist():
         return
     found = archive.getinfo(name).file_size  # zipfile unpacks no more than that

@@ -14,6 +14,7 @@ from gcvit_edge.model.info import ModelInfo
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 GOLDEN_INPUT = "golden/input.npy"
+GOLDEN_IMAGES = 2  # in it
 GOLDEN_IMAGE, GOLDEN_PREPROCESSED = "golden/image.png", "golden/image.npy"
 
 Role = Literal["artifact", "artifact_data", "golden", "labels", "preprocessing", "report", "card"]

@@ -2,12 +2,13 @@
 
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from gcvit_edge.errors import UserError
@@ -95,15 +96,36 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """
     check_shape(image)
     image.load()
-    # Pillow's own `exif_transpose` also writes all of the EXIF block anew, and fails where one of its tags is of an odd type
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        bits, inverted = _grey_of_tiff(image)
+        pixels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - pixels if inverted else pixels)
     return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says; 1, upright, of a block that Pillow cannot read, whose pixels are as good as any.
+
+    Pillow's own `exif_transpose` also writes all of the block anew, and fails where one of its tags is of an odd type.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, OSError, struct.error):
+        return 1
+
+
+def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
+    """Bits of a pixel of up to 16 (12 are usual in microscopes), and whether 0 is white. Pillow hands on both as they are in the file."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 16, False
+    tags = image.tag_v2
+    (bits, *_), kind = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,)), tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1)
+    return bits, kind == 0
 
 
 def check_shape(image: Image.Image) -> None:

@@ -23,7 +23,6 @@ def _licence(text: str) -> str:
 
     Source: Hugging Face Hub documentation, "Model Cards", on `license` and `license_name`.
     """
-    first = text.split(" ")[0]
-    if re.fullmatch(r"[A-Za-z0-9.+-]+-[A-Za-z0-9.+-]+|MIT|Unlicense", first):
-        return first.lower()
-    return "unknown" if first == "unknown" else "other"
+    name = text.partition(" (")[0]  # what follows in brackets is our word on it
+    is_known = re.fullmatch(r"[A-Za-z0-9.+-]*\d[A-Za-z0-9.+-]*|MIT|Unlicense|unknown", name)
+    return name.lower() if is_known else "other"

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bundles import FILES, edit_manifest, listing
+from bundles import FILES, edit_manifest, listing, replace_listed
 from images import zipped
 from tiny import Tiny
 
@@ -123,12 +123,17 @@ def test_zip_with_damaged_content(method: int, bundle: Bundle, tmp_path: Path) -
         open_bundle(file).verify()
 
 
-def test_zip_members_stay_inside(bundle: Bundle, tmp_path: Path) -> None:
+def test_zip_members_stay_inside(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = zipped(bundle.root, tmp_path / "bundle.zip")
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr("../../escaped.txt", "x")
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
     opened = open_bundle(file)
-    assert not list(opened.root.parent.glob("escaped.txt"))
+    assert opened.root.is_relative_to(deep)
+    assert listing(opened.root) == FILES
+    assert not list(tmp_path.rglob("escaped.txt"))
     with pytest.raises(CheckFailed, match=r"does not list: \.\./\.\./escaped\.txt"):
         opened.verify()
 
@@ -166,3 +171,16 @@ def test_no_room_to_unpack_a_zip(bundle: Bundle, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(OSError, match="No space left on device"):  # of which the command line makes exit code 4
         open_bundle(file)
+
+
+def test_a_small_zip_of_a_large_file(bundle: Bundle, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed as large as it is: nothing of it is unpacked, and nothing is left."""
+    monkeypatch.setattr("gcvit_edge.bundle.bundle._MAX_MANIFEST_BYTES", 100_000)
+    monkeypatch.setattr("gcvit_edge.bundle.bundle._MOST_UNPACKED", 10)
+    replace_listed(copy, "labels.txt", bytes(10**8))
+    file = zipped(copy, tmp_path / "bundle.zip")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.raises(CheckFailed, match=r"bundle\.zip lists 10\d+ bytes and has \d+, far too few for weights"):
+        open_bundle(file)
+    assert list((tmp_path / "temporary").iterdir()) == []

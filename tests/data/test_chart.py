@@ -1,5 +1,7 @@
 """The test chart: mistakes of preprocessing show on it."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,7 @@ from gcvit_edge.data import Preprocessing, draw_chart
 
 def test_it_is_always_the_same() -> None:
     assert draw_chart().size == (500, 375)
-    assert draw_chart().tobytes() == draw_chart().tobytes()
+    assert hashlib.sha256(draw_chart().tobytes()).hexdigest().startswith("5d534627b1c6e2a12efa88c48b9c21ca")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,32 @@ def test_sixteen_bits_of_grey(suffix: str) -> None:
     file.seek(0)
     expected = Preprocessing().pixels(Image.fromarray((grey >> 8).astype(np.uint8)))
     np.testing.assert_array_equal(Preprocessing().pixels(Image.open(file)), expected)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 1), (16, 0), (12, 1)])
+def test_grey_of_microscopes_and_x_rays(bits: int, photometric: int) -> None:
+    """TIFF of 12 bits, and of 16 where 0 is white (no other is read): written by hand, since Pillow does not."""
+    grey = np.random.default_rng(0).integers(0, 2**bits, (30, 40), np.uint16)
+    if bits == 16:
+        data = grey.astype("<u2").tobytes()
+    else:  # two pixels in three bytes
+        first, second = grey.reshape(-1, 2).T.astype(int)
+        data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: 40, 257: 30, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 30, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = io.BytesIO(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    eight = (grey >> (bits - 8)).astype(np.uint8)
+    expected = Preprocessing().pixels(Image.fromarray(255 - eight if photometric == 0 else eight))
+    np.testing.assert_array_equal(Preprocessing().pixels(Image.open(file)), expected)
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG"])
+def test_an_exif_block_that_is_none(suffix: str) -> None:
+    file = io.BytesIO()
+    noise(40, 30).save(file, suffix, exif=b"Exif\0\0garbage!", dpi=(72, 72))
+    plain = io.BytesIO()
+    noise(40, 30).save(plain, suffix)
+    np.testing.assert_array_equal(Preprocessing().pixels(Image.open(file)), Preprocessing().pixels(Image.open(plain)))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

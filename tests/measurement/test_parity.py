@@ -27,10 +27,17 @@ def test_int8_repeats_about_as_exactly_as_it_was_measured(measured: float | None
     assert (parity.minimum_db, parity.passed) == (minimum, minimum < 30)
 
 
-@pytest.mark.parametrize(("computed_in", "minimum"), [("float", 34), ("float16", 34), ("bfloat16", 25), ("int8", 20)])
-def test_what_is_computed_otherwise_has_the_lower_floor_of_the_two(computed_in: Arithmetic, minimum: float) -> None:
-    assert check_parity(GOLDEN, GOLDEN, "int8", computed_in, measured_db=40.0).minimum_db == minimum
-    assert check_parity(GOLDEN, GOLDEN, "float", computed_in).minimum_db == MIN_SQNR_DB[computed_in]
+@pytest.mark.parametrize(
+    ("made_in", "measured", "computed_in", "minimum"),
+    [
+        ("int8", 40.0, "float", 28), ("int8", 40.0, "float16", 28), ("int8", 40.0, "bfloat16", 25), ("int8", 40.0, "int8", 20),
+        ("int8", 23.0, "float", 11), ("fp16", 70.0, "float", 58), ("int4", 36.0, "tf32", 24), ("int8", None, "float", 20),
+        *(("float", None, each, MIN_SQNR_DB[each]) for each in ("float", "tf32", "bfloat16", "fp8")),
+    ],
+)  # fmt: skip
+def test_what_is_computed_otherwise(made_in: Arithmetic, measured: float | None, computed_in: Arithmetic, minimum: float) -> None:
+    """Is as far from the golden logits as they were measured to be from float, or as its own rounding takes it."""
+    assert check_parity(GOLDEN, GOLDEN, made_in, computed_in, measured_db=measured).minimum_db == minimum
 
 
 def test_another_top_class_fails_though_the_noise_is_low() -> None:
