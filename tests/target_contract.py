@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gcvit_edge import targets
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.data import Pixels
 from gcvit_edge.errors import CheckFailed
@@ -17,7 +18,7 @@ from gcvit_edge.measurement.measure import benchmark_bundle
 from gcvit_edge.measurement.result import Report
 from gcvit_edge.measurement.timing import Mode
 from gcvit_edge.progress import Steps
-from gcvit_edge.targets import CHUNK_IMAGES, Case, load_target
+from gcvit_edge.targets import Case, load_target
 
 BRIEF = Mode("quick", min_runs=6, min_seconds=0, runs_a_turn=3, together=True, score=50)
 
@@ -34,7 +35,7 @@ def check_target(name: str, address: str, options: Any, bundle: Bundle, folder: 
         assert machine.cpu
         _check_session(connection.open(cases[0], 1, pinned=False), cases[0], bundle, folder)
         _check_broken_artifact(connection, cases[0], folder)
-    _check_report(Device(name, name, address, options, 1), bundle)
+    _check_report(Device(name, name, address, options, 1), bundle, cases)
 
 
 def _check_module(name: str) -> None:
@@ -48,8 +49,7 @@ def _check_module(name: str) -> None:
 
 def _check_session(session: Any, case: Case, bundle: Bundle, folder: Path) -> None:
     classes = len(bundle.info.labels.names)
-    count = CHUNK_IMAGES + 2  # more than one chunk
-    preprocessing = bundle.info.preprocessing
+    preprocessing, count = bundle.info.preprocessing, 6
     pixels = np.random.default_rng(0).integers(0, 256, (count, *preprocessing.size, 3), np.uint8)
     np.save(folder / "pixels.npy", pixels)
     with session:
@@ -62,7 +62,9 @@ def _check_session(session: Any, case: Case, bundle: Bundle, folder: Path) -> No
         assert len(session.time(bundle.golden_input()[:1], 3).ms) == 3
         assert min(session.time(bundle.golden_input()[:1], 2).ms) > 0
         done: list[int] = []
-        streamed = session.run(Pixels(folder / "pixels.npy", np.arange(count), ()), preprocessing, 0, count, lambda: done.append(1))
+        with pytest.MonkeyPatch.context() as patch:  # in two chunks
+            patch.setattr(targets, "CHUNK_BYTES", 4 * preprocessing.normalize(pixels[0]).nbytes)
+            streamed = session.run(Pixels(folder / "pixels.npy", np.arange(count), ()), preprocessing, 0, count, lambda: done.append(1))
         assert len(done) == count
         assert streamed.shape == (count, classes)
         last = session.infer(preprocessing.normalize(pixels[-1]), lambda: None)
@@ -79,11 +81,13 @@ def _check_broken_artifact(connection: Any, case: Case, folder: Path) -> None:
         connection.open(replace(case, artifact=artifact), 1, pinned=False)
 
 
-def _check_report(device: Device, bundle: Bundle) -> None:
+def _check_report(device: Device, bundle: Bundle, cases: list[Case]) -> None:
     report = benchmark_bundle(bundle, [device], BRIEF, Steps())
     assert Report.model_validate_json(json.dumps(report.model_dump(mode="json"))) == report
     assert report.wrong == []
     (run,) = report.runs
+    assert run.error is None
+    assert [(result.backend, result.execution) for result in run.results] == [(case.artifact.backend, case.execution) for case in cases]
     for result in run.results:
         assert result.parity.passed
         if run.emulated:

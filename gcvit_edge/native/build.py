@@ -4,7 +4,9 @@ The runner is built against the headers and libraries of the ExecuTorch wheel of
 pip downloads once. A build is named after everything that decides it (sources, ExecuTorch, compiler), so nothing goes stale.
 """
 
+import errno
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -16,11 +18,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
-from gcvit_edge.errors import UserError, unknown_name
+from gcvit_edge.errors import CheckFailed, UserError, unknown_name
 from gcvit_edge.paths import is_full
 
 RUNNER = "gcvit-edge-runner"
 _SOURCES = Path(__file__).parent
+_CMAKE_VARIABLES = ("CC", "CXX", "LDFLAGS", "CMAKE_")  # how environment variables begin that it reads
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def build_runner(architecture: str | None = None) -> RunnerFiles:
         raise UserError(lacks)
     executorch = executorch_package(architecture)
     options = [f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
-    return compile_runner(architecture, options, [executorch_version(), str(executorch), _identity(toolchain.compiler)])
+    libraries = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted((executorch / "lib").glob("*"))]
+    return compile_runner(architecture, options, [executorch_version(), str(executorch), *libraries, _identity(toolchain.compiler)])
 
 
 def compile_runner(name: str, options: Sequence[str], decided_by: Sequence[str]) -> RunnerFiles:
@@ -123,7 +127,9 @@ def compile_runner(name: str, options: Sequence[str], decided_by: Sequence[str])
             _run(["cmake", "--build", work], "compile the runner")
             _run(["cmake", "--install", work, "--prefix", str(folder)], "install the runner")
 
-    built = _kept(f"runner-{name}", [*_texts(("runner.cpp", "energy.h", "CMakeLists.txt", "aarch64.cmake")), *decided_by], build)
+    sources = _texts(("runner.cpp", "energy.h", "CMakeLists.txt", "aarch64.cmake"))
+    read_by_cmake = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_CMAKE_VARIABLES)]
+    built = _kept(f"runner-{name}", [*sources, *decided_by, *read_by_cmake], build)
     return RunnerFiles(built / RUNNER, tuple(sorted((built / "lib").glob("*.so"))))
 
 
@@ -187,7 +193,7 @@ def _kept(name: str, decided_by: Sequence[str], make: Callable[[Path], None]) ->
                 made.rename(folder)
         except OSError as error:
             if is_full(error):
-                raise
+                raise CheckFailed(f"cannot write {folder}: {error.strerror}; make room") from error
             if not folder.is_dir():  # else another process was first
                 raise UserError(f"cannot write {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
     return folder
@@ -206,4 +212,6 @@ def _run(command: Sequence[str], purpose: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stdout.splitlines()[-20:])
+        if os.strerror(errno.ENOSPC) in done.stdout:
+            raise CheckFailed(f"cannot {purpose}: {os.strerror(errno.ENOSPC)}; make room:\n{tail}")
         raise UserError(f"cannot {purpose}: {command[0]} ended with {done.returncode}:\n{tail}")

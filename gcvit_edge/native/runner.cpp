@@ -139,9 +139,8 @@ bool next_line(std::string& line) {
   return true;
 }
 
-std::vector<float> read_floats(const std::string& path, size_t count) {
+std::vector<float> read_floats(std::ifstream& file, const std::string& path, size_t count) {
   std::vector<float> values(count);
-  std::ifstream file(path, std::ios::binary);
   if (!file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)))) {
     fail(path + " has fewer than " + std::to_string(count) + " float32 values");
   }
@@ -210,10 +209,11 @@ class Server {
   static size_t size_of(const Shape& shape) { return std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<size_t>()); }
 
   void infer(const std::string& source, const std::string& target, int count, const Shape& shape) {
-    auto images = read_floats(source, count * size_of(shape));
+    std::ifstream images(source, std::ios::binary);
     std::ofstream file(target, std::ios::binary);
-    for (int i = 0; i < count; ++i) {
-      const auto [logits, size] = network_->run(images.data() + i * size_of(shape), shape);
+    for (int i = 0; i < count; ++i) {  // one at a time: the peak of memory is to be the model's
+      auto image = read_floats(images, source, size_of(shape));
+      const auto [logits, size] = network_->run(image.data(), shape);
       file.write(reinterpret_cast<const char*>(logits), static_cast<std::streamsize>(size * sizeof(float)));
       std::fprintf(answers_, "{\"done\": 1}\n");
       std::fflush(answers_);
@@ -223,7 +223,8 @@ class Server {
   }
 
   void time(const std::string& source, int runs, const Shape& shape) {
-    auto image = read_floats(source, size_of(shape));
+    std::ifstream file(source, std::ios::binary);
+    auto image = read_floats(file, source, size_of(shape));
     if (tracer_ != nullptr) tracer_->reset();  // leaves out loading and earlier inferences
     std::vector<double> times;
     meter_.begin();

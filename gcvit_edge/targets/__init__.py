@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gcvit_edge.measurement.machine import Machine
     from gcvit_edge.measurement.parity import Arithmetic, Parity
 
-CHUNK_IMAGES = 32  # sent to the device at a time: 19 MB at 224 px, of which small boards have room for two
+CHUNK_BYTES = 20_000_000  # of images, sent to the device at a time: 33 at 224 px; small boards have room for two
 
 
 def target_names() -> list[str]:
@@ -160,10 +160,17 @@ class Session(ABC):
         import numpy as np
 
         images, logits = pixels.load(), []
-        for first in range(start, stop, CHUNK_IMAGES):
-            chunk = images[first : min(first + CHUNK_IMAGES, stop)]
+        count = chunk_images(preprocessing)
+        for first in range(start, stop, count):
+            chunk = images[first : min(first + count, stop)]
             logits.append(self.infer(np.concatenate([preprocessing.normalize(image) for image in chunk]), advance))
         return np.concatenate(logits)
+
+
+def chunk_images(preprocessing: "Preprocessing") -> int:
+    """Images that are sent to a device at a time."""
+    height, width = preprocessing.size
+    return max(1, CHUNK_BYTES // (4 * 3 * height * width))
 
 
 Job = TypeVar("Job")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
 
 _INPUT, _OUTPUT = "images.f32", "logits.f32"
+_SLOWER = 10  # times, that an inference may become on a device that is hot or busy
 
 # of the targets that run the native runner
 ETDUMP = {
@@ -109,6 +110,7 @@ class ProcessSession(Session):
         """
         self.artifact, self._timeout = artifact, timeout
         self._folder, self._sent = folder, None
+        self._longest: float | None = None  # seconds of an inference, of those that were timed
         self._received = b""
         self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by close()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
@@ -144,6 +146,7 @@ class ProcessSession(Session):
     def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
         self._command("time", self._put(image), runs, *image.shape[1:])
         answer = self._read("ms", "joules", inferences=runs)
+        self._longest = max([self._longest or 0, *(each / 1000 for each in answer["ms"])])
         return Timed(tuple(answer["ms"]), answer["joules"])
 
     def peak_rss_mb(self) -> float:
@@ -167,7 +170,7 @@ class ProcessSession(Session):
 
     def _read(self, *keys: str, inferences: int = 1) -> dict[str, Any]:
         """The next answer, which has these keys, to what so many inferences are needed for."""
-        line = self._line(None if self._timeout is None else inferences * self._timeout)
+        line = self._line(None if self._timeout is None else self._patience(self._timeout, inferences))
         try:
             answer = json.loads(line)
         except ValueError:
@@ -175,6 +178,11 @@ class ProcessSession(Session):
         if not isinstance(answer, dict) or not answer.keys() >= set(keys):
             self._fail(f"got {line[:200].decode(errors='replace')!r}, expected an answer of the runner with {', '.join(keys)}")
         return answer
+
+    def _patience(self, timeout: float, inferences: int) -> float:
+        """Seconds to wait for so many inferences: of many, no more than a few times what they took before."""
+        known = inferences * timeout if self._longest is None else timeout + _SLOWER * inferences * self._longest
+        return min(inferences * timeout, known)
 
     def _line(self, seconds: float | None) -> bytes:
         assert self._process.stdout is not None

@@ -8,9 +8,9 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from gcvit_edge.cpus import CPUS_SCRIPT, fastest_first
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Session
-from gcvit_edge.targets._cpus import CPUS_SCRIPT, fastest_first
 from gcvit_edge.targets._process import ETDUMP, ProcessSession, profile_file
 from gcvit_edge.targets._shell import Keeper, Shell
 from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout
@@ -122,7 +122,8 @@ class Remote(Connection):
         contents = {name: file.read_bytes() for name, file in files.items()}
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         folder = f"{self._by_hash}/{hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()}"
-        if self._sums(folder, list(files)) == list(sums.values()):
+        size = sum(map(len, contents.values()))
+        if self._sums(folder, list(files), size) == list(sums.values()):
             return folder
         incoming = f"{self.keeper.folder}/incoming"  # whole or not at all: only a complete folder gets its name
         parents = " ".join(dict.fromkeys(quote(f"incoming/{name}".rpartition("/")[0]) for name in files))
@@ -130,15 +131,17 @@ class Remote(Connection):
         self.shell.run(f"rm -rf {quote(folder)} {quote(incoming)} && cd {quote(self.keeper.folder)} && mkdir -p {parents}")
         for name, content in contents.items():
             self.shell.send(content, f"{incoming}/{name}")
-        if self._sums(incoming, list(files)) != list(sums.values()):
+        if self._sums(incoming, list(files), size) != list(sums.values()):
             raise CheckFailed(f"{self.shell.name}: what was sent did not arrive whole; check the disk and the connection of the device")
-        self.shell.run(f"chmod -R u+x {quote(incoming)} && mv {quote(incoming)} {quote(folder)}")
+        # another command may have made it meanwhile, and mv would move into it
+        taken = f"if [ -d {quote(folder)} ]; then rm -rf {quote(incoming)}; else mv {quote(incoming)} {quote(folder)}; fi"
+        self.shell.run(f"chmod -R u+x {quote(incoming)} && {taken}")
         return folder
 
-    def _sums(self, folder: str, names: Sequence[str]) -> list[str]:
-        """SHA-256 of files there; fewer where some are missing."""
+    def _sums(self, folder: str, names: Sequence[str], size: int) -> list[str]:
+        """SHA-256 of files there, of so many bytes together; fewer where some are missing."""
         words = " ".join(map(quote, names))
-        printed = self.shell.run(f"cd {quote(folder)} 2>/dev/null && sha256sum {words} 2>/dev/null; :").decode()
+        printed = self.shell.run(f"cd {quote(folder)} 2>/dev/null && sha256sum {words} 2>/dev/null; :", size=size).decode()
         return [line.split()[0] for line in printed.splitlines()]
 
 
@@ -215,9 +218,10 @@ class RemoteSession(ProcessSession):
     def close(self) -> None:
         try:
             if self._device.etdump is not None and self._process.poll() is None:
-                profile = self._device.shell.run(f"cat {quote(self._folder.path(_PROFILE))} 2>/dev/null; :")
-                if profile:  # else nothing was timed
-                    self._keep(profile, self._device.etdump)
+                shell, path = self._device.shell, quote(self._folder.path(_PROFILE))
+                size = int(shell.run(f"[ ! -f {path} ] || wc -c < {path}") or 0)
+                if size:  # else nothing was timed
+                    self._keep(shell.run(f"cat {path}", size=size), self._device.etdump)
         finally:
             super().close()
 
@@ -231,9 +235,12 @@ class RemoteSession(ProcessSession):
     def _ending(self, code: int) -> str:
         if not self._device.keeper.alive():
             return f"the connection to {self._device.shell.name} was lost"
+        name = self._device.shell.name
+        if code == 126 and "ermission denied" in self._printed():
+            return f"{name} runs no programs from {self._device.keeper.folder}; choose another folder with --remote-dir"
         if code in (126, 127) or "version `GLIBC" in self._printed():  # the loader's word, whose exit code is 1
             return (
-                f"{self._device.shell.name} cannot start the runner, which needs a 64-bit system with glibc 2.34; "
-                "for another one build it there and give it with --runner"
+                f"{name} cannot start the runner, which needs a 64-bit system{self._device.shell.needs}; for another one build it there "
+                "and give it with --runner"
             )
-        return f"{super()._ending(code)} on {self._device.shell.name}"
+        return f"{super()._ending(code)} on {name}"

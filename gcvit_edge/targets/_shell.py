@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from shlex import quote
@@ -26,8 +27,8 @@ _START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
 _CALL_SECONDS = 60  # for a short script, and for a file besides
 _BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
 
-_BEAT_SECONDS = 5  # a line to the keeper
-_SILENT_BEATS = 12  # a minute without one, and the connection is lost: longer than a Wi-Fi's change of cells takes
+BEAT_SECONDS = 5  # a line to the keeper
+SILENT_BEATS = 12  # a minute without one, and the connection is lost, to either side: longer than a Wi-Fi's change of cells takes
 
 # HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file.
 # made: folders on the way that are not there yet. The beats: only who reads can tell that there are some, and only who does not wait
@@ -81,10 +82,12 @@ def program_missing(program: str, package: str) -> str | None:
 
 
 class Shell(ABC):
-    """A way to the shell of a device. name: of the device, in messages. parent: shell word, default of `remote_dir`."""
+    """A way to the shell of a device. name: of the device, in messages. parent: shell word, default of `remote_dir`. needs: what the
+    runner that is made for it asks of its system."""
 
     name: str
     parent: str
+    needs: str = ""
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
@@ -98,14 +101,14 @@ class Shell(ABC):
     def refusal(self, printed: str) -> str:
         """What to do, when the first command ended with this on standard error."""
 
-    def run(self, script: str, content: bytes = b"") -> bytes:
-        """What a script prints that reads `content`.
+    def run(self, script: str, content: bytes = b"", size: int = 0) -> bytes:
+        """What a script prints that reads `content`, and `size` bytes of its own besides.
 
         Raises:
             CheckFailed: it, or the connection, failed.
         """
         # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
-        done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content)
+        done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content, size)
         text, end, code = done.stderr.decode(errors="replace").rpartition(_END)
         if not end:
             raise CheckFailed(f"the connection to {self.name} was lost: {code.strip() or 'it ended'}")
@@ -159,21 +162,19 @@ class Keeper:
             CheckFailed: its disk is full.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        script = _KEEPER.format(parent=parent, greeting=_GREETING, beat=_BEAT_SECONDS, beats=_SILENT_BEATS)
+        script = _KEEPER.format(parent=parent, greeting=_GREETING, beat=BEAT_SECONDS, beats=SILENT_BEATS)
         command = shell.first_command(script)
         self._ended = threading.Event()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
-        assert self._process.stdout is not None
-        answered, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
-        line = self._process.stdout.readline().decode(errors="replace").rstrip("\n") if answered else ""
-        if line.startswith(_GREETING):
+        answered, line = self._first_line()
+        if answered and line.startswith(_GREETING):
             self.folder = line.removeprefix(_GREETING)
             threading.Thread(target=self._beat, daemon=True).start()
             return
         if not answered:
             self._process.kill()
         self.close()
-        if not answered:
+        if not answered and not line:
             raise UserError(f"{shell.name} did not answer within {_START_SECONDS} s; is it switched on, and its network up?")
         if line:
             raise UserError(
@@ -184,10 +185,23 @@ class Keeper:
             raise CheckFailed(f"{shell.name}: {_last_lines(self.printed)}{advice}")
         raise UserError(f"cannot use {shell.name}: {_last_lines(self.printed)}; {shell.refusal(self.printed)}")
 
+    def _first_line(self) -> tuple[bool, str]:
+        """What it says first, and whether it has said all of that in time or has ended: the prompt of another program has no line's end."""
+        assert self._process.stdout is not None
+        descriptor, line = self._process.stdout.fileno(), b""
+        deadline = time.monotonic() + _START_SECONDS
+        while not line.endswith(b"\n"):
+            if not select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+                return False, line.decode(errors="replace")
+            if not (part := os.read(descriptor, 1)):  # no more than the line
+                break
+            line += part
+        return True, line.decode(errors="replace").rstrip("\n")
+
     def _beat(self) -> None:
         """Tells the keeper again and again that somebody is there."""
         assert self._process.stdin is not None
-        while not self._ended.wait(_BEAT_SECONDS):
+        while not self._ended.wait(BEAT_SECONDS):
             try:
                 os.write(self._process.stdin.fileno(), b"\n")
             except OSError:  # the connection is lost, which the next command says

@@ -3,7 +3,9 @@
 from gcvit_edge.errors import UserError
 
 DEFAULT_SECONDS = 120
-TIMEOUT = {"help": f"seconds to wait for one inference, and for loading ({DEFAULT_SECONDS})"}
+TIMEOUT = {
+    "help": f"seconds to wait for loading and for one inference; for many, ten times what they took before besides ({DEFAULT_SECONDS})"
+}
 
 
 def check_timeout(seconds: int) -> None:

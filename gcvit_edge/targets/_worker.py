@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ def serve(import_runtime: Callable[[], str], load: Callable[[], Runner]) -> None
     for line in sys.stdin:
         match line.rstrip("\n").split("\t"):
             case "infer", source, target, *shape:
-                images = np.fromfile(source, "<f4").reshape(tuple(map(int, shape)))
+                count, *size = map(int, shape)
                 logits = []
-                for position in range(len(images)):
-                    logits.append(run(images[position : position + 1]))
-                    answer({"done": 1})
+                with open(source, "rb") as file:  # one at a time: the peak of memory is to be the model's
+                    for _ in range(count):
+                        logits.append(run(np.fromfile(file, "<f4", prod(size)).reshape((1, *size))))
+                        answer({"done": 1})
                 np.concatenate(logits).astype("<f4").tofile(target)
                 answer({"finished": True})
             case "time", source, runs, *shape:

@@ -19,6 +19,7 @@ HELP = "an Android device, adb[:SERIAL], as `adb devices` lists it; runs executo
 ADDRESS = "optional"
 MEASURES_TIME = True
 
+_SERVER_SECONDS = 60
 _STATES = {
     "unauthorized": "unlock it and allow debugging from this computer",
     "offline": "unplug it and plug it in again, or restart it",
@@ -59,7 +60,10 @@ def choose_device(serial: str) -> str:
     Raises:
         UserError: there is no such device, there are none or several, or it is not ready.
     """
-    done = subprocess.run(["adb", "devices"], capture_output=True, text=True, errors="replace", check=False)
+    try:
+        done = subprocess.run(["adb", "devices"], capture_output=True, text=True, errors="replace", timeout=_SERVER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"adb does not answer within {_SERVER_SECONDS} s; `adb kill-server`, and try again") from None
     if done.returncode:
         raise UserError(f"adb does not work: {done.stderr.strip()}")
     lines = [line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcvit_edge.cpus import default_threads
 from gcvit_edge.errors import CheckFailed, UserError, unknown_name
 from gcvit_edge.native.build import RunnerFiles, build_counter, build_runner, missing_tools
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
-from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
     import numpy as np

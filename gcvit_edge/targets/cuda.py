@@ -159,8 +159,8 @@ class Gpu(Connection):
     def machine(self) -> "Machine":
         import torch
 
+        from gcvit_edge.cpus import default_threads
         from gcvit_edge.measurement.machine import this_machine
-        from gcvit_edge.targets.local import default_threads
 
         gpu = torch.cuda.get_device_name(self.device) if self.device != "cpu" else None
         return this_machine().model_copy(update={"cpus": default_threads(), "accelerator": gpu and f"{gpu}, CUDA {torch.version.cuda}"})

@@ -1,6 +1,5 @@
 """This machine: every artifact runs in a fresh process of its own, so that no runtime disturbs another."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,9 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
+from gcvit_edge.cpus import default_threads, fastest_here
 from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
 from gcvit_edge.targets import Case, Connection, Hold, side_by_side
-from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
 
 if TYPE_CHECKING:
@@ -76,11 +75,6 @@ class Session(ProcessSession):
         if threads < len(cpus):
             command.append(",".join(map(str, cpus[:threads])))
         super().__init__(artifact, command, LocalFolder())
-
-
-def default_threads() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_artifacts(

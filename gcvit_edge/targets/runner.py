@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcvit_edge.cpus import default_threads, fastest_here
 from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
 from gcvit_edge.targets import Case, Connection
-from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets._process import ETDUMP, LocalFolder, ProcessSession, profile_file
-from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact

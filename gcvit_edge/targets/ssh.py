@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gcvit_edge.errors import UserError
-from gcvit_edge.targets import Connection
+from gcvit_edge.targets import Connection, _shell
 from gcvit_edge.targets._remote import RemoteOptions, cases, connect_shell
 from gcvit_edge.targets._shell import Shell, program_missing
 from gcvit_edge.targets._sockets import socket_folder
@@ -68,13 +68,15 @@ class Ssh(Shell):
     """The shell behind one control connection: the keeper's. socket: where it is shared."""
 
     parent = '"${XDG_CACHE_HOME:-$HOME/.cache}"'
+    needs = " with glibc 2.34"
 
     def __init__(self, host: str, config: Path | None, socket: Path) -> None:
         self.name = host
         self._ssh = ["ssh", "-T", *(["-F", str(config)] if config else []), "-S", str(socket)]
         for option in (
-            "BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "ServerAliveInterval=5", "ServerAliveCountMax=3", "ControlPersist=no",
-            "ClearAllForwardings=yes", "RemoteCommand=none", "LogLevel=ERROR",
+            "BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", f"ServerAliveInterval={_shell.BEAT_SECONDS}",
+            f"ServerAliveCountMax={_shell.SILENT_BEATS}", "ControlPersist=no", "ClearAllForwardings=yes", "RemoteCommand=none",
+            "LogLevel=ERROR",
         ):  # fmt: skip
             self._ssh += ["-o", option]
 

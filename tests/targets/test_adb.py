@@ -52,6 +52,15 @@ def test_contract(pte_bundle: Bundle, phone: Phone, options: Options, tmp_path: 
     assert left(options) == []
 
 
+def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adb").write_text("#!/bin/sh\nexec sleep 20\n")
+    (tmp_path / "adb").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(adb, "_SERVER_SECONDS", 1)
+    with pytest.raises(UserError, match="adb does not answer within 1 s; `adb kill-server`"):
+        adb.choose_device("")
+
+
 def test_which_device(phone: Phone, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"adb knows 2 devices; write one of adb:127\.0\.0\.1:5600, adb:localhost:5600"
     with pytest.raises(UserError, match=message), connect("", options):

@@ -156,7 +156,7 @@ def test_an_int8_golden_lowers_the_floor(bundle: Bundle, weights: Path, tmp_path
     # INT8 is as far from float as it was measured to be; torchao's is another one than the artifact's: it has the noise of both
     floors = {case.execution: case.check(logits, measured).minimum_db for case in cases}
     assert floors.pop("torchao, compiled, CUDA graphs, float32") == 20
-    assert set(floors.values()) == {36}
+    assert set(floors.values()) == {30}
     assert Case(artifact, "cpu").check(logits, measured).minimum_db == 36
 
 

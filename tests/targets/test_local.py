@@ -14,13 +14,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from gcvit_edge import cpus as cpus_module
 from gcvit_edge.bundle import Bundle
+from gcvit_edge.cpus import fastest_here
 from gcvit_edge.data import Pixels
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import _evaluate, _Site
-from gcvit_edge.targets import Case, Hold, _cpus, local, side_by_side
-from gcvit_edge.targets._cpus import fastest_here
+from gcvit_edge.targets import Case, Hold, local, side_by_side
 from gcvit_edge.targets.local import Local, Options, Session, run_artifacts
 
 
@@ -41,7 +42,7 @@ def test_pinned_to_the_fastest(bundle: Bundle, tmp_path: Path, monkeypatch: pyte
     for cpu in cpus:
         (tmp_path / f"cpu{cpu}" / "cpufreq").mkdir(parents=True)
         (tmp_path / f"cpu{cpu}" / "cpufreq" / "cpuinfo_max_freq").write_text("2400000\n" if cpu == cpus[-1] else "1800000\n")
-    monkeypatch.setattr(_cpus, "CPUS_SCRIPT", _cpus.CPUS_SCRIPT.replace("/sys/devices/system/cpu", str(tmp_path)))
+    monkeypatch.setattr(cpus_module, "CPUS_SCRIPT", cpus_module.CPUS_SCRIPT.replace("/sys/devices/system/cpu", str(tmp_path)))
     with Session(bundle.artifact("onnx"), 1, pinned=True) as session:
         assert os.sched_getaffinity(session._process.pid) == {cpus[-1]}
 

@@ -44,6 +44,18 @@ def test_no_answer_in_time() -> None:
     assert "(no answer within 1 s; give it longer with --timeout)" in failure("sleep 20", 0.5)
 
 
+def test_many_inferences_are_not_waited_for_as_long_as_each_alone() -> None:
+    script = f"""echo '{READY}'; read line; echo '{{"ms": [20, 10], "joules": {{}}}}'; sleep 20"""
+    with ProcessSession(ARTIFACT, shell(script), LocalFolder(), 20) as session:
+        assert session._patience(20, 32) == 640  # nothing is known yet
+        session.time(np.zeros((1, 3, 2, 2), np.float32), 2)
+        assert session._patience(20, 32) == pytest.approx(20 + 10 * 32 * 0.02)
+        assert session._patience(20, 1) == 20
+        session._timeout = 0.2
+        with pytest.raises(CheckFailed, match="no answer within 1 s"):
+            session.time(np.zeros((1, 3, 2, 2), np.float32), 4)
+
+
 def test_several_answers_at_once_and_one_in_parts(tmp_path: Path) -> None:
     script = f"""
         printf '%s' '{READY[:20]}'; sleep 0.3; echo '{READY[20:]}'

@@ -12,10 +12,10 @@ from quantized import IMAGES
 
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.bundle import Bundle
+from gcvit_edge.cpus import fastest_here
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.native.build import RunnerFiles, build_runner
 from gcvit_edge.targets import Case, local
-from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets.runner import NativeRunner, Options, cases, missing
 
 pytestmark = pytest.mark.skipif(missing("") is not None and os.environ.get("CI") != "true", reason=missing("") or "")

@@ -11,6 +11,7 @@ from shlex import quote
 import pytest
 from boards import need, wait_for
 
+from gcvit_edge.errors import UserError
 from gcvit_edge.targets import _shell
 from gcvit_edge.targets._shell import Keeper, Shell
 
@@ -63,6 +64,13 @@ def test_a_leftover_with_the_number_of_the_new_keeper(shell: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_prompt_instead_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no end of line to wait for."""
+    monkeypatch.setattr(_shell, "_START_SECONDS", 1)
+    with pytest.raises(UserError, match=r"here says 'router> ' before any command"):
+        Keeper(Here("sh", "printf 'router> '; exec sleep 30"), str(tmp_path))
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_folders_made_on_the_way_are_gone(shell: str, tmp_path: Path) -> None:
     keeper = Keeper(Here(shell), quote(f"{tmp_path}/deep/er folder/"))
@@ -74,8 +82,8 @@ def test_folders_made_on_the_way_are_gone(shell: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_connection_that_falls_silent(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing ends it: the network is gone, or this machine."""
-    monkeypatch.setattr(_shell, "_BEAT_SECONDS", 1)
-    monkeypatch.setattr(_shell, "_SILENT_BEATS", 3)
+    monkeypatch.setattr(_shell, "BEAT_SECONDS", 1)
+    monkeypatch.setattr(_shell, "SILENT_BEATS", 3)
     keeper = Keeper(Here(shell), str(tmp_path))
     program = subprocess.Popen(["sleep", "60"])
     try:

@@ -1,6 +1,7 @@
 """A board by SSH: the contract and every failure, on a real sshd."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from boards import Board, left, need, pids_below, start_sshd, wait_for
@@ -24,7 +26,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.measure import evaluate_bundle
 from gcvit_edge.progress import Steps
-from gcvit_edge.targets import CHUNK_IMAGES, Session, _shell, ssh
+from gcvit_edge.targets import Session, _shell, ssh
 from gcvit_edge.targets._remote import Remote
 from gcvit_edge.targets.ssh import Options, connect
 
@@ -74,7 +76,8 @@ def test_images_are_sent_once_for_all_artifacts(
 ) -> None:
     folder = tmp_path / "images" / pte_bundle.info.labels.folders[0]
     folder.mkdir(parents=True)
-    for index in range(CHUNK_IMAGES + 1):
+    monkeypatch.setattr("gcvit_edge.targets.CHUNK_BYTES", 4 * 4 * 3 * 64 * 64)
+    for index in range(5):
         Image.new("RGB", (64, 64), (index, 0, 0)).save(folder / f"{index}.png")
     sent: list[str] = []
     send, cases = _shell.Shell.send, ssh.cases
@@ -86,7 +89,7 @@ def test_images_are_sent_once_for_all_artifacts(
     monkeypatch.setattr(_shell.Shell, "send", counted)
     monkeypatch.setattr(ssh, "cases", lambda artifacts, options: 2 * cases(artifacts, options))
     (run,) = evaluate_bundle(pte_bundle, [Device("board", "ssh", "board", options, 1)], tmp_path / "images", Steps()).runs
-    assert [result.accuracy and result.accuracy.images for result in run.results] == [CHUNK_IMAGES + 1] * 2
+    assert [result.accuracy and result.accuracy.images for result in run.results] == [5] * 2
     assert run.results[0].accuracy == run.results[1].accuracy
     assert len([path for path in sent if path.endswith(".f32")]) == 3  # two parts, and the golden input
     assert left(options) == []
@@ -109,6 +112,25 @@ def test_files_kept_by_hash(pte_bundle: Bundle, options: Options) -> None:
     model.write_bytes(b"damaged")
     assert run()[case.artifact.path.name] > first[case.artifact.path.name]
     assert model.read_bytes() == case.artifact.path.read_bytes()
+
+
+def test_another_command_keeps_the_same_files_meanwhile(pte_bundle: Bundle, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = replace(options, keep_files=True)
+    case, run = ssh.cases(pte_bundle.artifacts, keep)[0], _shell.Shell.run
+
+    def late(shell: _shell.Shell, script: str, *rest: Any, **more: Any) -> bytes:
+        if " mv " in script:
+            words = shlex.split(script)
+            folder = Path(words[words.index("-d") + 1])
+            shutil.copytree(next(folder.parent.glob("run-*/incoming")), folder)
+            for file in folder.rglob("*"):
+                file.chmod(0o700)
+        return run(shell, script, *rest, **more)
+
+    monkeypatch.setattr(_shell.Shell, "run", late)
+    with connect("board", keep) as device, device.open(case, 1, pinned=False) as session:
+        session.infer(pte_bundle.golden_input(), lambda: None)
+    assert not [file for file in left(keep) if file.name == "incoming"]
 
 
 def test_leftovers_of_a_board_that_lost_power(options: Options) -> None:
@@ -216,8 +238,8 @@ def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Opt
 
 def test_a_network_that_is_lost_without_a_word(pte_bundle: Bundle, options: Options, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sshd does not know it either, so nothing ends there by itself."""
-    monkeypatch.setattr(_shell, "_BEAT_SECONDS", 1)
-    monkeypatch.setattr(_shell, "_SILENT_BEATS", 4)
+    monkeypatch.setattr(_shell, "BEAT_SECONDS", 1)
+    monkeypatch.setattr(_shell, "SILENT_BEATS", 4)
     monkeypatch.setattr(_shell, "_START_SECONDS", 1)  # to end the connection, which nobody answers
     image = pte_bundle.golden_input()[:1]
     connections: list[int] = []

@@ -125,6 +125,21 @@ def test_a_timeout_must_be_positive() -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "script"])
+def test_ubuntus_firefox(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    firefox = tmp_path / "firefox"
+    if kind == "link":
+        firefox.symlink_to(program(tmp_path / "snap", "true"))
+    else:
+        program(firefox, "exec /snap/bin/firefox")
+    for name in (str(firefox), ""):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match=r"firefox is a snap, which sees no profile but those in its own folder"):
+            find_browser(name)
+    program(tmp_path / "firefox-esr", "true")
+    assert find_browser("") == str(tmp_path / "firefox-esr")
+
+
 def test_a_browser_that_ends(usable: None, bundle: Bundle, tmp_path: Path) -> None:
     said = open_in(program(tmp_path / "broken", "echo no display >&2; exit 3"), bundle, 20)
     assert said.startswith("model.float.onnx does not run in Chromium 1.2.3: the browser ended with 3")

@@ -66,8 +66,8 @@ class Web(Connection):
     timeout: float
 
     def machine(self) -> "Machine":
+        from gcvit_edge.cpus import default_threads
         from gcvit_edge.measurement.machine import this_machine
-        from gcvit_edge.targets.local import default_threads
 
         here = this_machine()
         return here.model_copy(update={"cpus": default_threads(), "system": f"{here.system}, {self.version}"})

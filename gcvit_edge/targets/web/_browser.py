@@ -45,14 +45,35 @@ def find_browser(name: str) -> str:
     """Path of the program `name`, a path itself or on PATH; "" is the first of `BROWSERS` that is there.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or only Ubuntu's Firefox, which does not see the profile that it would be given.
     """
-    found = next((path for path in map(shutil.which, [name] if name else BROWSERS) if path), None)
+    paths = [path for path in map(shutil.which, [name] if name else BROWSERS) if path]
+    found = next((path for path in paths if not _is_snap_of_firefox(path)), None)
+    if found is None and paths:
+        raise UserError(
+            f"{paths[0]} is a snap, which sees no profile but those in its own folder; install another browser, such as Mozilla's own "
+            "package of Firefox, and give it as web:BROWSER"
+        )
     if found is None and name:
         raise UserError(f"browser {name!r} is not on PATH and no program; give web:BROWSER as a name such as firefox, or as a path")
     if found is None:
         raise UserError(f"no browser on PATH (looked for {', '.join(BROWSERS)}); install one, on Debian: apt install chromium")
     return found
+
+
+def _is_snap_of_firefox(path: str) -> bool:
+    """Ubuntu's own: a link to the program `snap`, or a script that starts that.
+
+    Source: Mozilla's documentation of geckodriver, "Running Firefox in a container-based package".
+    """
+    if "firefox" not in Path(path).name.lower():
+        return False
+    if Path(path).resolve().name == "snap":
+        return True
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(4096)
+        return start.startswith(b"#!") and b"/snap/bin/" in start
+    return False
 
 
 def browser_version(path: str) -> str:
