@@ -6,22 +6,38 @@ weights, images, recipe or this package starts a new one, and nothing has to be 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
+from numpy.typing import NDArray
+
+_PIECE = 2**20  # bytes of an array at a time: it may be a file that is larger than memory
+
+Part = bytes | str | NDArray[Any]
 
 
-def digest(parts: Iterable[bytes | str]) -> str:
-    """SHA-256 of all parts with their lengths, hexadecimal."""
+def digest(parts: Iterable[Part]) -> str:
+    """SHA-256 of all parts with their lengths, hexadecimal; of arrays, of their type and shape too."""
     whole = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        whole.update(len(data).to_bytes(8, "little"))
-        whole.update(data)
+        for data in _pieces(part):
+            whole.update(len(data).to_bytes(8, "little"))
+            whole.update(data)
     return whole.hexdigest()
+
+
+def _pieces(part: Part) -> Iterator[bytes]:
+    if isinstance(part, np.ndarray):
+        yield f"{part.dtype.str} {part.shape}".encode()
+        rows = np.atleast_1d(part)
+        count = max(1, _PIECE // max(1, rows[:1].nbytes))
+        yield from (rows[first : first + count].tobytes() for first in range(0, len(rows), count))
+    else:
+        yield part.encode() if isinstance(part, str) else part
 
 
 def sources() -> str:

@@ -89,13 +89,15 @@ def lower_network(name: str, network: "nn.Module", precision: str, info: ModelIn
 def _without_collection() -> Iterator[None]:
     """Inside, Python does not look for cycles, which takes a sixth of an exporter's time: it makes millions of short-lived objects, among
     hundreds of thousands that stay. Afterwards it looks once, at what was made since."""
-    collecting = gc.isenabled()
+    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
-    gc.freeze()
+    if not frozen:  # else by the program that called us, whose objects are to stay so
+        gc.freeze()
     try:
         yield
     finally:
         gc.collect()
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if collecting:
             gc.enable()

@@ -3,7 +3,9 @@
 Layers are ranked in PyTorch by what their rounding alone adds to the noise of the logits, for each multiplication that stays float
 (`frontier`). How many of them stay float is then decided by the artifact itself, in its own runtime: the fewest, in steps of
 2 dB, with which the upper end of the drop's 95 % interval is within the limit, on images that neither calibrate nor evaluate.
-None, if plain INT8 is. Each backend is searched for itself, because noise depends on how a runtime rounds, and time on its kernels.
+None, if plain INT8 is. (Several candidates are judged by the same images, each with 95 %, so the chosen one may owe some of its drop to
+luck; the evaluation images know nothing of the choice.) Each backend is searched for itself, because noise depends on how a runtime
+rounds, and time on its kernels.
 
 The safe choice, with which the result is compared, knows nothing of sensitivity: layers stay float from the image on, the fewest
 with which the noise is as low. Should it be the faster one, and within the limit, it is taken.
@@ -13,8 +15,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from gcvit_edge.backends import load_backend, package_version
 from gcvit_edge.cache import Measurements, cache_file, digest, sources
 from gcvit_edge.data import Pixels, Preprocessing
 from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
-from gcvit_edge.measurement.accuracy import Logits, compare, sqnr_db
+from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, images_to_judge, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.progress import Steps
@@ -89,12 +92,8 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
     backend = load_backend(name)
     versions = [sources(), cpu_name(), *(f"{package} {package_version(package)}" for package in backend.PACKAGES)]
     recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
-    key = digest([
-        name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items())),
-        *identity(calibrated.network, calibrated.fitted),
-        *(image.tobytes() for image in images),
-    ])  # fmt: skip
-    return Measurements(cache_file(key))
+    decided = [name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items()))]
+    return Measurements(cache_file(digest(chain(decided, identity(calibrated.network, calibrated.fitted), images))))
 
 
 def rank(name: str, calibrated: "Calibrated", recipe: Recipe, images: Sequence[NDArray[np.float32]], steps: Steps) -> list[Layer]:
@@ -118,7 +117,18 @@ def search(
     what a report says of the search.
 
     held_out: images that judge. scratch: a folder for what is only tried. threads: with which artifacts are timed.
+
+    Raises:
+        CheckFailed: float is no better than guessing on the images that judge.
     """
+    with TemporaryDirectory(dir=scratch) as trials:
+        return _search(name, calibrated, info, recipe, float_artifact, held_out, folder, trials, threads, steps)
+
+
+def _search(
+    name: str, calibrated: "Calibrated", info: ModelInfo, recipe: Recipe, float_artifact: Artifact, held_out: HeldOut, folder: Path,
+    trials: str, threads: int, steps: Steps,
+) -> tuple[Artifact, dict[str, Any]]:  # fmt: skip
     judges = [held_out.pixels.load()[: len(held_out.classes)], held_out.classes]
     known = measurements(name, calibrated, recipe, [*held_out.ranking, *judges])  # those that rank are normalised
 
@@ -128,7 +138,7 @@ def search(
 
     @cache
     def lower(keep: tuple[str, ...]) -> Artifact:
-        return lower_quantized(name, calibrated, info, keeping(recipe, keep), Path(mkdtemp(dir=scratch)))
+        return lower_quantized(name, calibrated, info, keeping(recipe, keep), Path(mkdtemp(dir=trials)))
 
     def accuracy(keep: tuple[str, ...]) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
@@ -137,10 +147,17 @@ def search(
         with steps.step(f"{name}: try {len(keep)} layers in float"):
             return known.get(f"accuracy with {digest(sorted(keep))} float", measure)
 
+    def float_top1() -> float:
+        if len(held_out.classes) >= images_to_judge(len(info.labels.names)):
+            check_baseline(answers(float_artifact), held_out.classes)
+        return float(hits(answers(float_artifact), held_out.classes, 1).mean())
+
+    with steps.step(f"{name}: float on held-out images"):
+        judged = {"images": len(held_out.classes), "float_top1": round(known.get("top-1 of float", float_top1), 6)}
     plain = accuracy(())
     tried = [_trial((), plain, recipe.limits)]
     if within(plain, recipe.limits):
-        report = {"kept_float": [], "found": [], "safe_choice": [], "tried": tried, "latency_ms": None}
+        report = {**judged, "kept_float": [], "found": [], "safe_choice": [], "tried": tried, "latency_ms": None}
         return moved(lower(()), folder), report
     images = held_out.ranking
     order = frontier(rank(name, calibrated, recipe, images, steps))
@@ -166,17 +183,17 @@ def search(
         measured = accuracy(tuple(safe))
         tried.append(_trial(safe, measured, recipe.limits))
         shipped = tuple(safe) if within(measured, recipe.limits) else keep
-    report = {"kept_float": sorted(shipped), "found": sorted(keep), "safe_choice": safe, "tried": tried, "latency_ms": latency}
+    report = {**judged, "kept_float": sorted(shipped), "found": sorted(keep), "safe_choice": safe, "tried": tried, "latency_ms": latency}
     return moved(lower(shipped), folder), report
 
 
 def moved(artifact: Artifact, folder: Path) -> Artifact:
-    """The artifact with its files below `folder` instead of where it was made."""
+    """The artifact, its files moved to below `folder` from where it was made."""
     made = artifact.path.parents[len(Path(load_backend(artifact.backend).ARTIFACT).parts) - 1]
     files = tuple(folder / file.relative_to(made) for file in artifact.files)
     for before, after in zip(artifact.files, files, strict=True):
         after.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(before, after)
+        shutil.move(before, after)
     return replace(artifact, path=files[0], files=files)
 
 
@@ -187,7 +204,7 @@ def predicted_ms(order: Sequence[Layer], count: int, float_ms: float, int8_ms: f
 
 
 def within(accuracy: dict[str, Any], limits: Limits) -> bool:
-    """Whether the drop is within the limit with confidence: the upper end of its 95 % interval is; and the agreement."""
+    """Whether the upper end of the drop's 95 % interval is within the limit, and the agreement is."""
     return accuracy["drop_ci95"][1] <= limits.max_drop and accuracy["agreement"] >= limits.min_agreement
 
 

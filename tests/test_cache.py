@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gcvit_edge.cache import Measurements, cache_file, digest
@@ -58,6 +59,15 @@ def test_digest_tells_where_a_part_ends() -> None:
     assert digest(["ab", "c"]) != digest(["a", "bc"])
     assert digest([b"a"]) == digest(["a"])
     assert len(digest([])) == 64
+
+
+def test_digest_of_arrays() -> None:
+    array = np.arange(300, dtype=np.int32)
+    others = [array[::-1], array.reshape(150, 2), array.astype(np.int64), array.view(np.float32), array[:-1], array.tobytes()]
+    assert len({digest([other]) for other in [array, *others]}) == 7
+    assert digest([array]) == digest([array.copy()])
+    assert digest([array[::2]]) == digest([array[::2].copy()])  # not contiguous
+    assert digest([np.array("cat")]) != digest([np.array("dog")])  # of no axis
 
 
 def test_the_file_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """int8_auto: what stays float, why, and that an interrupted search goes on where it was."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from searched import hurry, order_times, searched
-from tiny import AUTO_RECIPE, RUINED_LAYER, Tiny, make_ruined, make_tiny
+from tiny import AUTO_RECIPE, CLASSES, RUINED_LAYER, Tiny, make_ruined, make_tiny
 
 from gcvit_edge import search as module
 from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.cli import main
+from gcvit_edge.data import Labels
 from gcvit_edge.errors import UserError
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import describe_model
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.plan import plan
 from gcvit_edge.quantization.calibrate import calibrate
@@ -228,5 +233,33 @@ def test_lines_are_of_the_artifact_that_ships() -> None:
     ms = {"plain": 1.0, "chosen": 2.0, "safe": 1.5, "float": 3.0}
     search = {"kept_float": ["head"], "found": ["head"], "safe_choice": ["conv1"], "latency_ms": ms}
     search["tried"] = [trial | {"layers_float": 0, "drop_ci95": [1.0, 3.0], "within": False}, trial, safe]
-    lines = search_lines({"limits": {"max_drop": 0.5}, "artifacts": [{"backend": "onnx", "search": search}]})
+    search |= {"images": 2000, "float_top1": 0.9}
+    report = {"limits": {"max_drop": 0.5}, "artifacts": [{"backend": "onnx", "search": search}], "images": 700, "float": {"top1": 0.89}}
+    lines = search_lines(report)
     assert "at most 0.20 points on held-out images (limit 0.5; plain INT8 3.00)" in lines[0]
+    assert len(lines) == 2
+    search["tried"] = [search["tried"][0], safe]
+    search["float_top1"] = 0.99
+    lines = search_lines(report)
+    assert "at most 7.00 points on held-out images (limit 0.5, which nothing keeps there; plain INT8 3.00)" in lines[0]
+    assert lines[2].startswith(
+        "Float is right on 99.0% of the held-out images and on 89.0% of the evaluation images: it was probably trained"
+    )
+
+
+def test_a_search_on_images_that_float_does_not_know_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As with labels in another order, which would be found after it otherwise."""
+    tiny = make_tiny(tmp_path / "tiny", per_class=25)
+    model = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        model.head.fc.weight.zero_()  # the bias decides alone
+    save_checkpoint(model, describe_model(model, Labels.of(CLASSES)), tmp_path / "other.safetensors", half=False)
+    (tmp_path / "auto.yaml").write_text(AUTO_RECIPE)
+    code = main([
+        "quantize", "--recipe", str(tmp_path / "auto.yaml"), "--weights", str(tmp_path / "other.safetensors"), "--calib", str(tiny.calib),
+        "--eval", str(tiny.evaluation), "--backends", "onnx", "--max-drop", "7", "-o", str(tmp_path / "out"), "--threads", "1",
+    ])  # fmt: skip
+    captured = capfd.readouterr()
+    assert code == 4, captured.err
+    assert "no better than guessing (25.0%)" in captured.err
+    assert "layers in float" not in captured.err

@@ -137,14 +137,23 @@ def images_to_judge(classes: int) -> int:
     return 1 if classes < 2 else math.floor(_SIGMAS**2 / (classes - 1)) + 1
 
 
+def check_finite(logits: Logits) -> None:
+    """Refuses a float model whose activations overflow.
+
+    Raises:
+        CheckFailed: some of its logits are not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise CheckFailed("the float model gives logits that are not finite; the checkpoint or the preprocessing is broken")
+
+
 def check_baseline(logits: Logits, labels: Classes) -> None:
     """Refuses a float baseline that is no better than chance: a drop measured against it would mean nothing.
 
     Raises:
         CheckFailed: top-1 is within three standard deviations of guessing, or the logits are not finite.
     """
-    if not np.isfinite(logits).all():
-        raise CheckFailed("the float model gives logits that are not finite; the checkpoint or the preprocessing is broken")
+    check_finite(logits)
     chance, count = 1 / logits.shape[1], len(labels)
     top1 = float(hits(logits, labels, 1).mean())
     if logits.shape[1] > 1 and top1 <= chance + _SIGMAS * math.sqrt(chance * (1 - chance) / count):

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gcvit_edge.measurement.accuracy import check_finite
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.quantization.centering import centre
 from gcvit_edge.quantization.equalization import equalize, equalize_streams
@@ -15,12 +17,15 @@ from gcvit_edge.quantization.keep import kept_layers
 from gcvit_edge.quantization.ranges import Images, Ranges, observe
 from gcvit_edge.quantization.rounding import correct_biases, reconstruct
 from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, weight_grids
+from gcvit_edge.quantization.sensitivity import logits
 from gcvit_edge.quantization.sequential import reconstruct_in_turn
 from gcvit_edge.quantization.smoothing import smooth
 from gcvit_edge.recipe import Recipe
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
+
+_CHECKED_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,13 @@ class Calibrated:
 
 def calibrate(model: "GCViT", recipe: Recipe, images: Images, runtimes: Sequence[Rounding] | None = None) -> Calibrated:
     """Prepares the deploy form of `model` for `recipe`; `model` is not changed. runtimes: only ranges that one of them rounds with are
-    looked for, which saves time (None: all)."""
+    looked for, which saves time (None: all).
+
+    Raises:
+        CheckFailed: activations of the float network overflow.
+    """
     network = deploy(model)
+    check_finite(logits(network, list(islice(images(), _CHECKED_IMAGES))))
     if recipe.centering:
         centre(network, images())
     if recipe.smoothing:

@@ -125,7 +125,11 @@ def _least_divergence(histogram: Histogram, low: float, high: float) -> tuple[fl
         live = p > 0
         return float((p[live] * np.log(p[live] / np.maximum(q[live], 1e-9))).sum())
 
-    return min(((float(low * part), float(high * part)) for part in _COMMON_PARTS), key=divergence)  # each for itself gave 19 dB
+    def narrowed(part: float) -> tuple[float, float]:  # an end on the far side of zero stays: zero is in every range
+        return float(low if low > 0 else low * part), float(high if high < 0 else high * part)
+
+    # one factor for both ends: each for itself gave 19 dB
+    return min((ends for ends in map(narrowed, _COMMON_PARTS) if ((values >= ends[0]) & (values <= ends[1])).any()), key=divergence)
 
 
 def _searched(cost: Callable[[tuple[float, float]], float], low: float, high: float) -> tuple[float, float]:

@@ -114,10 +114,10 @@ def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, in
     return {name: counted[name] for name in names}
 
 
-def identity(network: nn.Module, fitted: Mapping[str, Tensor]) -> Iterator[bytes | str]:
+def identity(network: nn.Module, fitted: Mapping[str, Tensor]) -> Iterator[str | NDArray[Any]]:
     """What a network and what was fitted to its rounding are, for `cache.digest`: names, types and contents."""
     for name, module in network.named_modules():
         yield f"{name} {type(module).__name__}"
     for name, tensor in [*network.state_dict().items(), *fitted.items()]:
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        yield tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        yield f"{name} {tensor.dtype}"
+        yield tensor.contiguous().view(torch.uint8).numpy()

@@ -24,12 +24,18 @@ States = Sequence[tuple[State, State]]
 def reconstruct_in_turn(deployed: nn.Module, images: Images, grids: Grids) -> None:
     """Rounds the weights of these linears and convolutions of what `deploy` gave, in place; those of depthwise ones stay."""
     reference, everything = copy.deepcopy(deployed), dense_layers(deployed, grids)
-    states: States = [((image,), (image,)) for image in map(torch.from_numpy, images())]
+    states: States = [(state, state) for state in ((torch.from_numpy(image),) for image in images())]
     for before, after in zip(parts(reference), parts(deployed), strict=True):
         layers = {name: layer for name, layer in everything.items() if name.startswith(after.layers)}
         for turn in _turns(after, layers, states[0][1]):
             _fit({name: layers[name] for name in turn}, reference, before, after, states, grids)
-        states = [(before.run(clean), after.run(noisy)) for clean, noisy in states]
+        states = [_handed_on(before, after, clean, noisy, bool(layers)) for clean, noisy in states]
+
+
+def _handed_on(before: Part, after: Part, clean: State, noisy: State, rounded: bool) -> tuple[State, State]:
+    """What both networks hand to the next part: one tensor for both until a layer is rounded, feature maps being large."""
+    state = before.run(clean)
+    return state, (state if noisy is clean and not rounded else after.run(noisy))
 
 
 def _turns(part: Part, layers: dict[str, Dense], state: State) -> list[list[str]]:

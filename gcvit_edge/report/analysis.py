@@ -67,9 +67,10 @@ def _lines(entry: dict[str, Any]) -> list[str]:
     gain = next((point for point in points[1:] if point[2] is None or point[2] >= points[0][2] + 3), points[-1])
     named = ", ".join(entry["pareto"]["order"][: min(gain[0], 3)]) + (", ..." if gain[0] > 3 else "")
     close = entry["logits"]["with_taps_to_without_db"]
+    plain = "" if entry["plain_ms"] == entry["int8_ms"] else f", with no layer in float {entry['plain_ms']:.1f}"
     return [
-        f"{entry['backend']}: {entry['int8_ms']:.1f} ms, float {entry['float_ms']:.1f}. Half of the noise goes if {gain[0]} layers stay "
-        f"float ({named}), for some {gain[1] - points[0][1]:+.2f} ms.",
+        f"{entry['backend']}: {entry['int8_ms']:.1f} ms{plain}, float {entry['float_ms']:.1f}. Half of the noise goes if {gain[0]} layers "
+        f"stay float ({named}), for some {gain[1] - points[0][1]:+.2f} ms.",
         f"With the outputs of layers added, its logits are {'' if close >= EQUAL_DB else f'within {close:.1f} dB of '}the artifact's.",
     ]
 

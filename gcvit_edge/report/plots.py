@@ -93,7 +93,7 @@ def pareto_plot(report: dict[str, Any], entry: dict[str, Any]) -> "Figure":
     for point in tried[:6]:
         axes.annotate(f"{point[0]}", (point[1], point[2]), textcoords="offset points", xytext=(5, -9), fontsize=7, color=BLUE)
     plain = pareto["frontier"][0]
-    axes.plot(plain[1], plain[2], "s", color=RED, label=f"plain {entry['precision'].upper()}: {entry['int8_ms']:.1f} ms, measured")
+    axes.plot(plain[1], plain[2], "s", color=RED, label=f"plain {entry['precision'].upper()}: {entry['plain_ms']:.1f} ms, measured")
     axes.axvline(entry["float_ms"], color=RED, linewidth=1, linestyle=":", label=f"float: {entry['float_ms']:.1f} ms, measured")
     axes.set_xlabel("latency, ms (between the measured ends: by multiplications)")
     axes.set_ylabel("SQNR of the logits, dB\n(sum of the layers' noise)")

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from gcvit_edge.measurement.accuracy import wilson_interval
+
 
 def search_lines(report: dict[str, Any]) -> list[str]:
     """A line or more for each artifact of a search; none for recipes without one."""
-    return [line for entry in report["artifacts"] if entry["search"] for line in _lines(entry, report["limits"]["max_drop"])]
+    searched = [entry for entry in report["artifacts"] if entry["search"]]
+    lines = [line for entry in searched for line in _lines(entry, report["limits"]["max_drop"])]
+    return [*lines, *_too_easy(searched[0]["search"], report)] if searched else []
 
 
 def _lines(entry: dict[str, Any], limit: float) -> list[str]:
@@ -24,6 +28,19 @@ def _lines(entry: dict[str, Any], limit: float) -> list[str]:
         kept_ms, other = "chosen", f"the safe choice {ms['safe']:.1f} (the first {len(search['safe_choice'])} layers in float)"
     return [
         f"{backend}: {len(kept)} layers stay float, {shown}: at most {shipped['drop_ci95'][1]:.2f} points on held-out images "
-        f"(limit {limit}; plain INT8 {plain['drop_ci95'][1]:.2f})",
+        f"(limit {limit}{'' if shipped['within'] else ', which nothing keeps there'}; plain INT8 {plain['drop_ci95'][1]:.2f})",
         f"  {ms[kept_ms]:.1f} ms; plain INT8 {ms['plain']:.1f}, float {ms['float']:.1f}, {other}",
+    ]
+
+
+def _too_easy(search: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """A warning where float answers the images that judged better than the evaluation images, by more than chance."""
+    judged, evaluated = search["float_top1"], report["float"]["top1"]
+    low, _ = wilson_interval(round(judged * search["images"]), search["images"])
+    _, high = wilson_interval(round(evaluated * report["images"]), report["images"])
+    if low <= high:
+        return []
+    return [
+        f"Float is right on {judged:.1%} of the held-out images and on {evaluated:.1%} of the evaluation images: it was probably trained "
+        "on the former, which then lose less than new ones do. Give --calib images that it was not trained on."
     ]

@@ -1,11 +1,13 @@
 """Every algorithm has its switch in the recipe, and does what it is there for."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from gcvit_edge.errors import CheckFailed
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
@@ -66,3 +68,11 @@ def test_what_is_fitted_to_rounding_is_for_the_layers_that_are_rounded(tiny_mode
     different = {name for name, value in some.items() if not torch.equal(value, everything[name])}
     assert different == {"head.bias"}
     torch.testing.assert_close(some["head.bias"], plain["head.bias"], rtol=0, atol=0)
+
+
+def test_activations_that_overflow(tiny_model: GCViT) -> None:
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.head.fc.weight.fill_(3e38)  # type: ignore[union-attr]
+    with pytest.raises(CheckFailed, match="the float model gives logits that are not finite"):
+        calibrated(model)

@@ -53,6 +53,16 @@ def test_least_divergence_cuts_a_lonely_outlier() -> None:
     assert low < -1
 
 
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (5.0, 6.0), (-6.0, -5.0), (0.0, 0.0)])
+def test_least_divergence_of_values_on_one_side_of_zero(low: float, high: float) -> None:
+    """A softmax over one key, say: what is scaled towards zero would leave none of them in range."""
+    counts = np.ones(BINS) if high > low else np.eye(1, BINS)[0]
+    ends = _least_divergence(counts, low, high)
+    assert ends[0] >= low
+    assert ends[1] <= high
+    assert ends[0] <= ends[1]
+
+
 @pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
 def test_places_that_hold_the_same_values_get_the_same_range(method: RangeMethod) -> None:
     """Else XNNPACK refuses to move integers between them, and OpenVINO rounds once for each."""

@@ -55,7 +55,8 @@ def test_class_names_are_shown_as_they_are() -> None:
     names = ("[red]", "red [dotted]", "a[/b]", ":cat: c")
     logits = {"simulated_db": 1, "deployed_db": 1, "deployed_to_simulated_db": 1, "with_taps_to_without_db": 1}
     entry = {
-        "backend": "onnx", "layers": [], "all_rounded_db": 31.25, "logits": logits, "int8_ms": 1, "float_ms": 1,
+        "backend": "onnx", "layers": [], "all_rounded_db": 31.25, "logits": logits, "int8_ms": 1, "plain_ms": 1, "float_ms": 1,
+        "precision": "int8",
         "pareto": {"order": [], "frontier": [(0, 1, 1)]},
         "drift": {"all": drift, "classes": [drift | {"class": name} for name in names]},
     }  # fmt: skip
