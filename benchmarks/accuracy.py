@@ -36,6 +36,7 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import run_artifacts
+from gcvit_edge.training.loop import weights_digest
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Bed:
     model: GCViT
     info: ModelInfo
     train: Path
+    identity: str  # of weights and train
     pixels: Pixels
     classes: Classes
     reference: Logits
@@ -107,13 +109,13 @@ def recipe_of(row: Row) -> Recipe:
     return row.change(parse_recipe(recipe_text(row.recipe), row.recipe))
 
 
-def made_by(row: Row) -> str:
-    """Digest of what decides the artifacts of a row, beside weights and images: recipe, code of the package, versions."""
+def made_by(row: Row, weights_and_images: str) -> str:
+    """Digest of what decides the artifacts of a row: recipe, code of the package, versions, weights and the images that calibrate."""
     recipe = recipe_of(row)
     names = row.backends or recipe.backends
     packages = sorted({package for name in names for package in load_backend(name).PACKAGES})
     versions = (f"{package} {package_version(package)}" for package in packages)
-    parts = [recipe.model_dump_json(exclude={"description", "limits"}), repr(names), sources(), *versions]
+    parts = [recipe.model_dump_json(exclude={"description", "limits"}), repr(names), weights_and_images, sources(), *versions]
     return digest([*parts, stock_made_by()] if row.stock else parts)
 
 
@@ -163,13 +165,13 @@ def check_rows(entries: list[dict[str, Any]], bed: Bed, file: Path | None) -> No
             raise SystemExit(f"{file} has rows of other --weights or --eval, such as {each['row']!r}; give another --json")
 
 
-def reusable(row: Row, entries: list[dict[str, Any]], again: bool) -> bool:
+def reusable(row: Row, weights_and_images: str, entries: list[dict[str, Any]], again: bool) -> bool:
     """Whether the row's entries are of this recipe, this code and these versions; where they do not say, unless `again`."""
     found = {each.get("made_by") for each in entries if each["row"] == row.name}
     if found == {None} and not again:
         print(f"{row.name}: not checked whether recipe, code and versions are the same; --again measures it anew", file=sys.stderr)
         return True
-    return found == {made_by(row)}
+    return found == {made_by(row, weights_and_images)}
 
 
 def float_top1(bed: Bed, every: int) -> float:
@@ -195,7 +197,7 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "sqnr_ci95": [round(end, 2) for end in accuracy.sqnr_ci95],
         "cross": round(min(others), 6) if others else None,
         "size_bytes": artifact.size_bytes,
-        "made_by": made_by(row),
+        "made_by": made_by(row, bed.identity),
     }
 
 
@@ -241,11 +243,13 @@ def main() -> None:
         with steps.step("float", len(classes)) as advance:
             reference = run_artifacts([artifact], pixels, preprocessing, advance)[0]
         check_baseline(reference, classes)
-        bed = Bed(job.model, job.info, arguments.train, pixels, classes, reference, steps)
+        images = find_images(arguments.train, "calibration")
+        identity = digest([weights_digest(job.model.state_dict()), *images.files, np.array(images.sizes())])
+        bed = Bed(job.model, job.info, arguments.train, identity, pixels, classes, reference, steps)
         check_rows(entries, bed, arguments.json)
         order = [row.name for row in ROWS]
         for row in ROWS:
-            if (arguments.only is None or row.name in arguments.only) and not reusable(row, entries, arguments.again):
+            if (arguments.only is None or row.name in arguments.only) and not reusable(row, bed.identity, entries, arguments.again):
                 entries = [each for each in entries if each["row"] != row.name] + measure(row, bed, work)
                 entries.sort(key=lambda each: order.index(each["row"]))
                 if arguments.json:

@@ -4,9 +4,9 @@
 
 A way is what `gcvit-edge benchmark --target cuda` calls one, in an arithmetic: `float32 eager`, `bfloat16 compiled-graphs`, `bfloat16 fp8`.
 Every configuration is a process of its own, since compiling takes minutes, and its line is printed as soon as it is known; what --json has
-already of this GPU and this PyTorch is not measured again, so a run that was cut off goes on. Weights are random: speed does not depend
-on them. Images are on the GPU already. Answers are compared with those of the same network in float32, and are a failure below the floor
-of their arithmetic.
+already, right, of this GPU, this code and these versions, is not measured again, so a run that was cut off goes on. Weights are random:
+speed does not depend on them. Images are on the GPU already. Answers are compared with those of the same network in float32, and are a
+failure below the floor of their arithmetic.
 
 PyTorch need not be the pinned version; INT8 needs torchao, FP8 a GPU of compute capability 8.9.
 """
@@ -16,6 +16,8 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gcvit_edge.cache import digest, sources
 from gcvit_edge.errors import unknown_name
 
 MODELS = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
@@ -94,21 +97,22 @@ def main() -> None:
     for way in arguments.ways:
         if way not in WAYS:
             raise SystemExit(f"--ways: {unknown_name('way', way, WAYS)}")
-    place = measured_on(arguments.device)
+    place, made = measured_on(arguments.device), made_by()
     saved = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else []
-    entries = {configuration(each): each for each in saved}
+    entries, asked = {configuration(each): each for each in saved}, []
     for model, batch, way in product(arguments.models, arguments.batches, arguments.ways):
         what = place | {"model": model, "batch": batch, "way": way}
         key = configuration(what)
-        if key in entries and "error" not in entries[key]:
+        asked.append(key)
+        if key in entries and entries[key].get("passed") and entries[key].get("made_by") == made:
             continue
-        entries[key] = what | measure(model, batch, way, arguments.device)
+        entries[key] = what | measure(model, batch, way, arguments.device) | {"made_by": made}
         print(line(entries[key]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
     here = [each for each in entries.values() if all(each[key] == value for key, value in place.items())]
     Console(width=140).print(show(here))
-    if any("error" in each or not each["passed"] for each in here):
+    if not all(entries[key].get("passed") for key in asked):
         raise SystemExit(1)
 
 
@@ -119,6 +123,12 @@ def measured_on(device: str) -> dict[str, str]:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"PyTorch {torch.__version__} finds no GPU; see `gcvit-edge doctor`")
     return {"device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu", "torch": torch.__version__}
+
+
+def made_by() -> str:
+    """Digest of what decides an entry besides its configuration: our code, and the version of torchao."""
+    torchao = version("torchao") if find_spec("torchao") else ""
+    return digest([sources(), Path(__file__).with_name("_cuda_case.py").read_bytes(), torchao])[:16]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from quantized import make_quantized
@@ -22,6 +23,10 @@ from gcvit_edge.bundle import Bundle
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.gcvit import GCViT, LayerScale
+
+# by default an example may take 200 ms, which it does not where other tests run beside it
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 # with two, as many processes of tests as CPUs would wait for each other: threads spin, and a suite takes twice as long
 torch.set_num_threads(1)

@@ -27,10 +27,10 @@ Without --weights it runs on the embedded sample: GC ViT-XXT on Fashion-MNIST.
   gcvit-edge quantize --recipe int8_ptq --weights flowers.safetensors --calib train/ --eval val/ -o flowers-int8
   gcvit-edge quantize --recipe int8_auto --max-drop 0.3 ...    layers stay float where the limit needs it
 
-With --recipe int8_qat it fine-tunes in INT8 before; an interrupted run goes on, bit for bit, with the same command and --resume.
+With --recipe int8_qat it fine-tunes in INT8 before; an interrupted run goes on, on a CPU bit for bit, with the same command and --resume.
 
   gcvit-edge quantize --recipe int8_qat --weights flowers.safetensors --calib train/ --train train/ --eval val/ -o flowers-int8
-  accelerate launch --num_processes 8 -m gcvit_edge quantize --recipe int8_qat ...   several GPUs or machines
+  accelerate launch --multi_gpu --num_processes 8 -m gcvit_edge quantize --recipe int8_qat ...   several GPUs or machines
 """
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 HELP = """train a model in float on a folder of images, from random weights or from a checkpoint
 
-An interrupted run goes on, bit for bit, with the same command and --resume. The result is the average of the weights (EMA).
+An interrupted run goes on, on a CPU bit for bit, with the same command and --resume. The result is the average of the weights (EMA).
 
   gcvit-edge train --data train/ --eval val/ --weights pretrained.safetensors --epochs 10 -o mine.safetensors
   gcvit-edge train --data train/ --model gcvit_tiny --epochs 300 --settings heavy.yaml --device cuda -o mine.safetensors
-  accelerate launch --num_processes 8 -m gcvit_edge train --data train/ ...          several GPUs or machines
+  accelerate launch --multi_gpu --num_processes 8 -m gcvit_edge train --data train/ ...          several GPUs or machines
 """
 
 

@@ -50,6 +50,13 @@ class ImageFolder:
         dropped = set(others.files)
         return self._take(index for index, file in enumerate(self.files) if file not in dropped)
 
+    def sizes(self) -> list[int]:
+        """Bytes of each file, unpacked; -1 of one that is gone."""
+        if self.root.is_dir():
+            return [_size(self.root / name) for name in self.files]
+        with zipfile.ZipFile(self.root) as archive:
+            return [archive.getinfo(name).file_size for name in self.files]
+
     def _take(self, indices: Iterable[int]) -> "ImageFolder":
         kept = list(indices)
         return ImageFolder(self.root, tuple(self.files[i] for i in kept), tuple(self.classes[i] for i in kept))
@@ -76,6 +83,13 @@ def find_images(root: Path, purpose: str) -> ImageFolder:
     for name in filter(_undecoded, names):
         raise UserError(f"{purpose} images: the name {name!a} in {root} is not UTF-8; rename it")
     return ImageFolder(root, tuple(names), tuple(Path(name).parts[0] if "/" in name else "" for name in names))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # such as a link to nowhere, which does not decode either
+        return -1
 
 
 def _is_image(name: str) -> bool:

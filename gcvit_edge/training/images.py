@@ -1,11 +1,10 @@
 """Training images: which ones in which order, augmented how. All of it follows from (seed, epoch, image), so that neither the
 number of processes nor an interruption changes what the network sees."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from gcvit_edge.data import ImageFolder, Preprocessing, Undecodable, decoder, upright_rgb
+from gcvit_edge.cache import digest
+from gcvit_edge.data import ImageFolder, Preprocessing, Undecodable, decoder, find_readable, upright_rgb
 from gcvit_edge.errors import UserError
+from gcvit_edge.progress import Steps
 from gcvit_edge.training.settings import Augmentation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Convert = Callable[[Image.Image], NDArray[np.uint8]]
 _ORDER = 0  # beside the numbers of images in a seed: that of an epoch's order
@@ -35,9 +39,9 @@ class LabelledImages:
         return len(self.classes)
 
     def identity(self) -> dict[str, Any]:
-        """What tells these images from others: SHA-256 of all names and classes, and the preprocessing."""
-        digest = sha256("\n".join(self.images.files).encode() + self.classes.tobytes()).hexdigest()
-        return {"images": digest, "preprocessing": self.preprocessing.model_dump(mode="json")}
+        """What tells these images from others, wherever they lie: a hash of all names, sizes and classes, and the preprocessing."""
+        images = digest([*self.images.files, np.array(self.images.sizes()), self.classes])
+        return {"images": images, "preprocessing": self.preprocessing.model_dump(mode="json")}
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
@@ -107,3 +111,26 @@ def loader(samples: Samples, batches: Sequence[Sequence[int]], device: torch.dev
         yield from DataLoader(samples, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
     except UserError as error:  # before the message of a process that reads ahead PyTorch puts its traceback
         raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
+
+
+def readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps: Steps) -> tuple[LabelledImages, list[str]]:
+    """The images that decode, and the names of the others; looked at by the main process alone.
+
+    Raises:
+        UserError: more than 5 % of them do not decode.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        with steps.step(name, len(data)) as advance:
+            found = [find_readable(data.images, advance)]
+    kept = broadcast_object_list(found)[0]
+    files, classes = data.images.files, data.images.classes
+    skipped = [files[position] for position in sorted(set(range(len(files))) - set(kept.tolist()))]
+    images = ImageFolder(data.images.root, _pick(files, kept), _pick(classes, kept))
+    return LabelledImages(images, data.classes[kept], data.preprocessing), skipped
+
+
+def _pick(values: tuple[str, ...], positions: Iterable[np.int64]) -> tuple[str, ...]:
+    return tuple(values[position] for position in positions)

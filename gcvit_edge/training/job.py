@@ -1,35 +1,23 @@
 """The float job: a GC ViT trained on a folder of images, from random weights or from a checkpoint."""
 
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from gcvit_edge.data import (
-    ImageFolder,
-    Labels,
-    Preprocessing,
-    check_apart,
-    class_indices,
-    default_preprocessing,
-    find_images,
-    find_readable,
-)
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, default_preprocessing, find_images
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import wilson_interval
-from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, save_checkpoint, variant_of
 from gcvit_edge.model.create import TIMM_CROP_PCT
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo, Origin, config_dict
 from gcvit_edge.model.variants import GCViTConfig, check_takes_rgb, variant_config
 from gcvit_edge.progress import Steps
-from gcvit_edge.training.images import LabelledImages
-from gcvit_edge.training.loop import fit, make_accelerator, weights_digest
+from gcvit_edge.training.images import LabelledImages, readable
+from gcvit_edge.training.loop import device_name, fit, make_accelerator, weights_digest
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
 
@@ -141,7 +129,7 @@ def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:
 
     Raises:
         UserError: more than 5 % of the images do not decode, or the saved run is of another request.
-        CheckFailed: the loss is not finite.
+        CheckFailed: loss or weights are not finite, or the run cannot be saved.
     """
     main = job.accelerator.is_main_process
     if main and not job.resume:
@@ -249,31 +237,3 @@ def _with_classes(checkpoint: Checkpoint, fresh: GCViT, labels: Labels) -> Check
     body = {key: value for key, value in checkpoint.state.items() if not key.startswith("head.")}
     head = {key: value for key, value in fresh.state_dict().items() if key.startswith("head.")}
     return replace(checkpoint, state=body | head, config=replace(checkpoint.config, num_classes=len(labels.names)))
-
-
-def readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps: Steps) -> tuple[LabelledImages, list[str]]:
-    """The images that decode, and the names of the others; looked at by the main process alone.
-
-    Raises:
-        UserError: more than 5 % of them do not decode.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        with steps.step(name, len(data)) as advance:
-            found = [find_readable(data.images, advance)]
-    kept = broadcast_object_list(found)[0]
-    files, classes = data.images.files, data.images.classes
-    skipped = [files[position] for position in sorted(set(range(len(files))) - set(kept.tolist()))]
-    images = ImageFolder(data.images.root, _pick(files, kept), _pick(classes, kept))
-    return LabelledImages(images, data.classes[kept], data.preprocessing), skipped
-
-
-def device_name(accelerator: "Accelerator") -> str:
-    """What a process of the run computes on."""
-    return cpu_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
-
-
-def _pick(values: tuple[str, ...], positions: Iterable[np.int64]) -> tuple[str, ...]:
-    return tuple(values[position] for position in positions)

@@ -1,10 +1,9 @@
 """The training loop: any classifier, alone or with a teacher, in one process or several.
 
 Every random number follows from the seed and a position (epoch, image, step, forward pass), and none from the state of a
-generator. So a resumed run continues bit for bit, and two processes draw what one would.
+generator. So a resumed run continues bit for bit (on a CPU), and two processes draw what one would.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,9 +21,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from gcvit_edge.cpus import default_threads
 from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.progress import Bar, Steps
-from gcvit_edge.targets.local import default_threads
 from gcvit_edge.training.images import LabelledImages, Samples, derived_seed, epoch_order, loader
 from gcvit_edge.training.optimization import Groups, average, learning_rate_factor, objective, parameter_groups
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
@@ -55,14 +55,14 @@ def make_accelerator(device: str) -> "Accelerator":
     """The processes of this run (one, or those of `accelerate launch`), on "cpu", "cuda", or "auto": CUDA if there is any.
 
     Raises:
-        UserError: no CUDA device, Accelerate is not installed, or it computes elsewhere: its configuration says so, or an earlier run of
-            this Python process did.
+        UserError: no CUDA device, Accelerate is not installed, it computes elsewhere (its configuration says so, or an earlier run of
+            this Python process did), or it would share out the network.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; check the driver and the PyTorch build, or use --device cpu")
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
     except ModuleNotFoundError as error:
         raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install {error.name}") from error
     # short networks have weights that no output depends on, such as the global query of a stage without a global block
@@ -75,6 +75,11 @@ def make_accelerator(device: str) -> "Accelerator":
         raise UserError(
             f"--device {device}, but Accelerate computes on {accelerator.device}: its configuration, ACCELERATE_USE_CPU or an earlier run "
             "of this Python process says so; change that, or start a new process"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, and this network fits a GPU as it is; give accelerate "
+            "launch --multi_gpu"
         )
     return accelerator
 
@@ -107,6 +112,7 @@ class _Run:
         self.saved = perf_counter()
         if self.accelerator.is_main_process:
             _check_finite(self.totals)  # a broken run is not worth saving
+            _check_finite(torch.stack([value.abs().amax() for value in self.average.parameters()]))  # the last step shows in no loss
             parts = {name: getattr(self, name).state_dict() for name in _PARTS}
             place = {"step": self.step, "totals": self.totals, "history": [asdict(epoch) for epoch in self.history]}
             write_state(self.file, self.identity, parts | place)
@@ -121,6 +127,11 @@ class _Run:
 
 
 _PARTS = ("model", "average", "optimizer", "schedule")
+
+
+def device_name(accelerator: "Accelerator") -> str:
+    """What a process of the run computes on."""
+    return cpu_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
 
 
 def fit(
@@ -151,7 +162,7 @@ def fit(
 
     Raises:
         UserError: a batch that the images or the processes do not allow; nothing, or another run, to resume; a broken image.
-        CheckFailed: the loss is not finite.
+        CheckFailed: loss or weights are not finite, or the run cannot be saved.
     """
     if (teacher is None) != (settings.distillation is None):
         raise UserError("distillation needs both a teacher and the section `distillation` of the training settings")
@@ -292,9 +303,11 @@ def _means(totals: Tensor) -> tuple[float, float]:
     return loss / images, hits / images
 
 
-def _check_finite(totals: Tensor) -> None:
-    if not math.isfinite(totals[0].item()):
-        raise CheckFailed("the loss is not finite any more; start again with a lower learning rate (--lr), or with precision float32")
+def _check_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise CheckFailed(
+            "loss or weights are not finite any more; start again with a lower learning rate (--lr), or with precision float32"
+        )
 
 
 def _summary(epoch: Epoch) -> str:
@@ -316,9 +329,14 @@ def _precision(settings: TrainSettings, device: torch.device) -> torch.autocast:
 
 @contextmanager
 def _reproducible(device: torch.device) -> Iterator[None]:
-    """On a CPU, operators whose threads add in a fixed order; gradients of lookups do not otherwise. Costs nothing there."""
+    """On a CPU, operators whose threads add in a fixed order; gradients of lookups do not otherwise. Costs nothing there. On a GPU, where
+    they cost a lot, only that float32 is no TF32, which cuDNN otherwise computes convolutions in."""
     if device.type != "cpu":
-        yield
+        tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -21,9 +21,8 @@ from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.learned import Range, learnable, learned
 from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Recipe
-from gcvit_edge.training.images import LabelledImages
-from gcvit_edge.training.job import device_name, readable
-from gcvit_edge.training.loop import fit, make_accelerator, weights_digest
+from gcvit_edge.training.images import LabelledImages, readable
+from gcvit_edge.training.loop import device_name, fit, make_accelerator, weights_digest
 from gcvit_edge.training.optimization import Groups, parameter_groups
 from gcvit_edge.training.settings import QatSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
@@ -80,7 +79,8 @@ def plan_fine_tuning(
     steps_per_epoch(len(data), settings)
     accelerator = make_accelerator(device)
     micro_batches(settings, accelerator.num_processes)
-    decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": digest(sorted(calibration.files))}
+    calibrated_on = digest(f"{name} {size}" for name, size in sorted(zip(calibration.files, calibration.sizes(), strict=True)))
+    decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": calibrated_on}
     return FineTuning(settings, data, accelerator, state, resume, decided_by)
 
 
@@ -130,7 +130,7 @@ def fine_tune(
 
     Raises:
         UserError: more than 5 % of the images do not decode, or the saved run is of another request.
-        CheckFailed: the loss is not finite.
+        CheckFailed: loss or weights are not finite, or the run cannot be saved.
     """
     settings, accelerator = job.settings, job.accelerator
     if accelerator.is_main_process and not job.resume:

@@ -35,7 +35,8 @@ class Distillation(Section):
 
 
 class TrainSettings(Section):
-    """A training run: AdamW, linear warm-up and cosine, EMA of the weights. Two runs of the same settings give the same weights."""
+    """A training run: AdamW, linear warm-up and cosine, EMA of the weights. Two runs of the same settings give the same weights on
+    the same CPU; on a GPU, but for the order of sums."""
 
     epochs: int = Field(10, ge=1, strict=True)
     batch_size: int = Field(32, ge=1, strict=True, description="images of one optimizer step, over all processes")

@@ -37,22 +37,23 @@ def entries(row: Any, **made_by: str) -> list[dict[str, Any]]:
 
 def test_a_row_is_taken_over_if_recipe_code_and_versions_are_the_same(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     row = named(accuracy, "int8_ptq")
-    made = entries(row, made_by=accuracy.made_by(row))
-    assert accuracy.reusable(row, made, again=True)
-    assert not accuracy.reusable(row, [], again=False)
-    assert not accuracy.reusable(accuracy.replace(row, change=accuracy.calibration(seed=1)), made, again=False)
-    assert not accuracy.reusable(row, [made[0], made[1] | {"made_by": "other"}], again=False)
+    made = entries(row, made_by=accuracy.made_by(row, "these"))
+    assert accuracy.reusable(row, "these", made, again=True)
+    assert not accuracy.reusable(row, "other weights", made, again=False)
+    assert not accuracy.reusable(row, "these", [], again=False)
+    assert not accuracy.reusable(accuracy.replace(row, change=accuracy.calibration(seed=1)), "these", made, again=False)
+    assert not accuracy.reusable(row, "these", [made[0], made[1] | {"made_by": "other"}], again=False)
     for name in ("sources", "package_version"):
         with monkeypatch.context() as patch:
             patch.setattr(accuracy, name, lambda *_: "other")
-            assert not accuracy.reusable(row, made, again=False)
+            assert not accuracy.reusable(row, "these", made, again=False)
 
 
 def test_a_row_that_does_not_say_what_made_it_is_named(accuracy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     row = named(accuracy, "int8_ptq")
-    assert accuracy.reusable(row, entries(row), again=False)
+    assert accuracy.reusable(row, "these", entries(row), again=False)
     assert "int8_ptq: not checked whether recipe, code and versions are the same; --again measures it anew" in capsys.readouterr().err
-    assert not accuracy.reusable(row, entries(row), again=True)
+    assert not accuracy.reusable(row, "these", entries(row), again=True)
 
 
 def test_unknown_rows_are_refused(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

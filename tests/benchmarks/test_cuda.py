@@ -37,6 +37,7 @@ def test_a_run_on_the_cpu(benchmark: Path, tmp_path: Path) -> None:
     assert failed["way"] == GRAPHS
     assert f"gcvit_xxtiny, batch 2, {GRAPHS}: failed: {failed['error']}" in ran.stdout
     again = run(benchmark, "--ways", EAGER, "--json", file)
+    assert again.returncode == 0  # what was asked for is right
     assert f"batch 2, {EAGER}" not in again.stdout
     assert json.loads(file.read_text()) == [measured, failed]
 
