@@ -8,7 +8,8 @@ calibrated on the same images and timed on the same input: one fresh process an 
 minute of the machine hits all alike.
 
 What is no integer is computed in float32 in every runtime. OpenVINO does that on all CPUs only if it is told to, so where it would choose
-bfloat16 by itself its artifacts are timed in both ways, the second as "openvino bf16".
+bfloat16 by itself its artifacts are timed in both ways, the second as "openvino bf16". Before it is timed, every artifact must give about
+the logits of PyTorch: a fast wrong answer is no result.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from stock import STOCK, stock_made_by, stock_model
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.cache import digest, sources
+from gcvit_edge.cpus import default_threads, fastest_here
 from gcvit_edge.data import decode_images, find_images, inputs
 from gcvit_edge.lower import lower_float, lower_quantized
+from gcvit_edge.measurement.accuracy import finite_db, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.measurement.timing import QUICK, Timing, time_sessions
 from gcvit_edge.model.create import create_model, describe_model, load_model
@@ -43,12 +46,12 @@ from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
-from gcvit_edge.targets._cpus import fastest_here
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
-from gcvit_edge.targets.local import Session, default_threads
+from gcvit_edge.targets.local import Session
 
 ROUNDS = 40
 CALIBRATION_IMAGES = 16  # speed does not depend on them
+MIN_SQNR_DB = 10.0  # of noise, which images are not: INT8 has some 20 dB, a wrong kernel none
 
 
 def network(name: str, img_size: int | None) -> tuple[GCViT, ModelInfo]:
@@ -157,20 +160,26 @@ def chooses_bfloat16() -> bool:
 
 
 def time_built(
-    built: Sequence[tuple[str, Artifact]], side: Sequence[int], threads: int, steps: Steps
-) -> list[tuple[str, str, Artifact, Timing]]:
-    """(runtime, form, artifact, timing) of all, in turn."""
+    built: Sequence[tuple[str, Artifact]], model: GCViT, threads: int, steps: Steps
+) -> list[tuple[str, str, Artifact, Timing, float]]:
+    """(runtime, form, artifact, timing, SQNR of its logits against PyTorch's in dB) of all, in turn."""
     again = [each for each in built if each[1].backend == "openvino"] if chooses_bfloat16() else []
     names = [artifact.backend for _, artifact in built] + ["openvino bf16"] * len(again)
-    image = np.random.default_rng(0).standard_normal((1, 3, *side), np.float32)
+    image = np.random.default_rng(0).standard_normal((1, 3, *model.config.img_size), np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(image)).numpy()
     with ExitStack() as stack, steps.step("time", ROUNDS * len(names)) as advance:
         sessions = [stack.enter_context(Session(artifact, threads, pinned=True)) for _, artifact in built]
         sessions += [stack.enter_context(DefaultPrecision(artifact, threads)) for _, artifact in again]
+        parities = [sqnr_db(session.infer(image, lambda: None), expected) for session in sessions]
+        for name, (form, artifact), parity in zip(names, [*built, *again], parities, strict=True):
+            if not parity > MIN_SQNR_DB:
+                raise SystemExit(f"{form} {artifact.precision} in {name} gives other logits than PyTorch: {parity:.1f} dB")
         timings = time_sessions(sessions, image, threads, QUICK.with_turns(ROUNDS), advance)
-    return [(name, *each, timing) for name, each, timing in zip(names, [*built, *again], timings, strict=True)]
+    return [(name, *each, *more) for name, each, *more in zip(names, [*built, *again], timings, parities, strict=True)]
 
 
-def entry(runtime: str, form: str, artifact: Artifact, timing: Timing, stock: Timing) -> dict[str, Any]:
+def entry(runtime: str, form: str, artifact: Artifact, timing: Timing, parity: float, stock: Timing) -> dict[str, Any]:
     """One line of the result; the speed-up's spread is over rounds: each round's median against the stock float one's."""
     size = len(timing.samples) // ROUNDS
     ours, base = (np.median(np.reshape(t.samples, (ROUNDS, size)), axis=1) for t in (timing, stock))
@@ -186,6 +195,7 @@ def entry(runtime: str, form: str, artifact: Artifact, timing: Timing, stock: Ti
         "size_bytes": artifact.size_bytes,
         "load_ms": round(timing.load_ms, 1),
         "peak_rss_mb": round(timing.peak_rss_mb, 1),
+        "sqnr_db": round(finite_db(parity), 1),
     }
 
 
@@ -208,12 +218,12 @@ def main() -> None:
         built = build(arguments.model, arguments.img_size, folder, steps, backend_names())
         if arguments.build_only:
             return
-        side = create_model(arguments.model, img_size=arguments.img_size).config.img_size
-        timed = time_built(built, side, arguments.threads, steps)
+        model, _ = network(arguments.model, arguments.img_size)
+        timed = time_built(built, model, arguments.threads, steps)
         work, peak = macs(arguments.model, arguments.img_size), integer_peak(arguments.threads)
-        stock = {runtime: timing for runtime, form, artifact, timing in timed if (form, artifact.precision) == ("stock", "float")}
+        stock = {runtime: timing for runtime, form, artifact, timing, _ in timed if (form, artifact.precision) == ("stock", "float")}
         what = {
-            "model": arguments.model, "img_size": list(side), "cpu": arguments.cpu, "threads": arguments.threads,
+            "model": arguments.model, "img_size": list(model.config.img_size), "cpu": arguments.cpu, "threads": arguments.threads,
             "gmac": round(work / 1e9, 3), "integer_gmac_per_s": peak and round(peak / 1e9, 1),
             "floor_ms": peak and round(1000 * work / peak, 3),
         }  # fmt: skip

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from gcvit_edge.backends import backend_names, load_backend, package_version
+from gcvit_edge.cpus import default_threads
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.machine import cpu_name, has_int8_products, int8_features
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names
-from gcvit_edge.targets.local import default_threads
 
 PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
 

@@ -11,17 +11,22 @@ import numpy as np
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.bundle import Bundle, open_bundle
+from gcvit_edge.bundle.manifest import GOLDEN_IMAGES
 from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
+from gcvit_edge.cpus import resolve_threads
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_float
 from gcvit_edge.measurement.accuracy import Logits, finite_db, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
-from gcvit_edge.pipeline import GOLDEN_IMAGES, MIN_FLOAT_PARITY_DB, TIMED_ROUNDS, timing_entry
-from gcvit_edge.plan import bundle_path, resolve_threads, sample_weights
+from gcvit_edge.measurement.parity import MIN_SQNR_DB
+from gcvit_edge.model.variants import check_takes_rgb
+from gcvit_edge.plan import bundle_path, sample_weights
 from gcvit_edge.progress import Steps
 from gcvit_edge.targets.local import Session, time_artifacts
+
+TIMED_ROUNDS = 20
 
 
 def export_float(
@@ -57,6 +62,7 @@ def export_float(
     network, info = load_model(
         str(weights or sample_weights(model)), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing
     )
+    check_takes_rgb(network.config)
     path = bundle_path(output, f"{info.name}.float", zip)
     steps = steps or Steps()
     shape = (GOLDEN_IMAGES, network.config.in_chans, *network.config.img_size)
@@ -72,8 +78,10 @@ def export_float(
             with Session(artifact, threads) as session:
                 answers[artifact] = session.infer(golden, lambda: None)
             parity = finite_db(sqnr_db(answers[artifact], expected))
-            if parity < MIN_FLOAT_PARITY_DB:
-                raise CheckFailed(f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected {MIN_FLOAT_PARITY_DB:.0f} dB or more")
+            if parity < MIN_SQNR_DB["float"]:
+                raise CheckFailed(
+                    f"{artifact.name} disagrees with PyTorch: {parity:.1f} dB, expected {MIN_SQNR_DB['float']:.0f} dB or more"
+                )
             entries.append(
                 {
                     "backend": name,
@@ -89,7 +97,7 @@ def export_float(
             "model": info.name,
             "recipe": None,
             "images": 0,
-            "artifacts": [entry | timing_entry(timing) for entry, timing in builtins.zip(entries, timings, strict=True)],
+            "artifacts": [entry | timing.report() for entry, timing in builtins.zip(entries, timings, strict=True)],
             "machine": {"cpu": cpu_name(), "threads": threads, "system": platform.platform(terse=True)},
             "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
         }

@@ -15,7 +15,7 @@ from gcvit_edge.artifact import INTEGER_ACTIVATIONS, Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.beside import FloatArtifacts
 from gcvit_edge.bundle import Bundle, open_bundle
-from gcvit_edge.bundle.manifest import RecipeCopy
+from gcvit_edge.bundle.manifest import GOLDEN_IMAGES, RecipeCopy
 from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
 from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
@@ -23,6 +23,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import integer_operators, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
+from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.plan import Job, check_held_out, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search
@@ -32,10 +33,8 @@ if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.quantization.calibrate import Calibrated
 
-GOLDEN_IMAGES = 2
 CHECKED_IMAGES = 16  # of the float artifacts that are not evaluated on all
 TIMED_ROUNDS = 20
-MIN_FLOAT_PARITY_DB = 80.0  # float artifacts differ by rounding only, which is above 100 dB
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def quantize(
         keep_float=keep_float, zip=zip, max_drop=max_drop,
     )  # fmt: skip
     if job.tuning is not None and job.tuning.accelerator.num_processes > 1:
-        raise UserError("several processes are for the command: accelerate launch -m gcvit_edge quantize ...; call quantize() in one")
+        raise UserError(
+            "several processes are for the command: accelerate launch --multi_gpu -m gcvit_edge quantize ...; call quantize() in one"
+        )
     bundle = run_job(job, steps or Steps())
     assert bundle is not None  # the only process is the main one
     return bundle
@@ -225,10 +226,10 @@ def _check_floats(floats: Sequence[Artifact], pixels: Pixels, preprocessing: Pre
     answers = run_artifacts(floats[1:], pixels, preprocessing, lambda: None, CHECKED_IMAGES)
     for artifact, logits in zip(floats[1:], answers, strict=True):
         parity = sqnr_db(logits, reference[:CHECKED_IMAGES])
-        if parity < MIN_FLOAT_PARITY_DB:
+        if parity < MIN_SQNR_DB["float"]:
             raise CheckFailed(
                 f"the float artifacts {artifact.name} and {floats[0].name} disagree: {parity:.1f} dB, expected at least "
-                f"{MIN_FLOAT_PARITY_DB:.0f} dB; one of the exporters or runtimes is broken"
+                f"{MIN_SQNR_DB['float']:.0f} dB; one of the exporters or runtimes is broken"
             )
     return answers
 
@@ -250,24 +251,11 @@ def _entry(
         **{key: _rounded(value) for key, value in asdict(accuracy).items() if key != "worst_class"},
         "worst_class": job.info.labels.names[accuracy.worst_class],
         "within_limits": accuracy.drop_points <= limits.max_drop and accuracy.agreement >= limits.min_agreement,
-        **timing_entry(after),
-        "float_latency_ms": timing_entry(before)["latency_ms"],
+        **after.report(),
+        "float_latency_ms": before.report()["latency_ms"],
         "float_load_ms": round(before.load_ms, 1),
         "float_peak_rss_mb": round(before.peak_rss_mb, 1),
         "speedup": round(before.percentile(50) / after.percentile(50), 3),
-    }
-
-
-def timing_entry(timing: Timing) -> dict[str, Any]:
-    """What a report says of a timing."""
-    return {
-        "load_ms": round(timing.load_ms, 1),
-        "first_ms": round(timing.first_ms, 2),
-        "latency_ms": {f"p{q}": round(timing.percentile(q), 3) for q in (50, 90, 99)},
-        "timed_runs": len(timing.samples),
-        "threads": timing.threads,
-        "peak_rss_mb": round(timing.peak_rss_mb, 1),
-        "runtime_rss_mb": round(timing.runtime_rss_mb, 1),
     }
 
 

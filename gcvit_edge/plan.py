@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle.output import check_output
+from gcvit_edge.cpus import resolve_threads
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, find_images
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import images_that_show, images_to_judge
@@ -18,7 +19,6 @@ from gcvit_edge.model.variants import check_takes_rgb, variant_config
 from gcvit_edge.recipe import Limits, Recipe, Search, parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import validate
-from gcvit_edge.targets.local import default_threads
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
@@ -137,17 +137,6 @@ def plan(
     return Job(
         parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float, tuning
     )
-
-
-def resolve_threads(threads: int | None) -> int:
-    """CPU threads to time with: as given, or all CPUs.
-
-    Raises:
-        UserError: fewer than one.
-    """
-    if threads is not None and threads < 1:
-        raise UserError(f"threads must be at least 1, got {threads}")
-    return threads or default_threads()
 
 
 def bundle_path(output: str | Path | None, name: str, zip: bool) -> Path:

@@ -276,10 +276,8 @@ def replaced(text: str, begin: str, section: str, end: str) -> str:
     return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
 
 
-def main() -> None:
-    """Makes everything before it writes anything, since any of it may be refused."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+def updated(text: str) -> str:
+    """The README with all tables made anew."""
     for begin, section, end in (
         (BEGIN, table, END),
         (STOCK_BEGIN, stock_table, STOCK_END),
@@ -289,7 +287,13 @@ def main() -> None:
         (AUTO_BEGIN, auto_table, AUTO_END),
     ):
         text = replaced(text, begin, section(), end)
-    picture = stock_picture()
+    return text
+
+
+def main() -> None:
+    """Makes everything before it writes anything, since any of it may be refused."""
+    readme = ROOT / "README.md"
+    text, picture = updated(readme.read_text()), stock_picture()
     readme.write_text(text)
     save_picture(picture, ROOT / "results" / "vs_stock.svg")
 

@@ -37,6 +37,12 @@ def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2) -> None:
     (script.ROOT / "results" / "vs_stock" / f"{model}_{cpu}_{threads}.json").write_text(json.dumps(entries))
 
 
+def test_the_tables_of_the_readme_are_those_of_the_results(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "ROOT", PATH.parents[1])
+    readme = (PATH.parents[1] / "README.md").read_text()
+    assert script.updated(readme) == readme
+
+
 def test_stock_table(script: ModuleType) -> None:
     add_run(script, "gcvit_xxtiny", "A", threads=2)
     add_run(script, "gcvit_xxtiny", "B", threads=4)

@@ -43,7 +43,9 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where the bundle goes: --backends, --output, --zip, --force, --threads."""
     text = "executorch openvino onnx (default: those of the recipe; of export, all)"
     parser.add_argument("--backends", nargs="+", action="extend", metavar="B", help=text)
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here; of export, MODEL.float)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here; of export, MODEL.float)"
+    )
     parser.add_argument("--zip", action="store_true", help="one .zip file instead of a folder")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already there")
     add_threads(parser)
@@ -59,7 +61,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> "argparse._Argument
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads."""
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: all CPUs)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: as many as there are CPUs for this process)"
+    )
 
 
 def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> None:
@@ -76,7 +80,7 @@ def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> 
     parser.add_argument("--devices", type=Path, metavar="FILE", help="names of devices (default: devices.yaml here, if it is needed)")
     add_backend(parser, "only the artifacts of this backend; may be given again (default: all)")
     if evaluates:
-        text = "CPU threads of an artifact on targets that run one at a time (default: all CPUs; others run several, with one thread each)"
+        text = "CPU threads of an artifact on targets that run one at a time (default: the CPUs; others run several, of one thread each)"
         parser.add_argument("--threads", type=int, metavar="N", help=text)
     else:
         add_threads(parser)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from gcvit_edge.cli._options import add_model_options, model_options
 from gcvit_edge.errors import UserError
-from gcvit_edge.paths import is_full
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +34,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.cli import Result
     from gcvit_edge.model.checkpoint import save_checkpoint
     from gcvit_edge.model.create import load_model
+    from gcvit_edge.paths import is_full
 
     options = model_options(arguments)
     if options["weights"] is None:

@@ -20,7 +20,7 @@ from gcvit_edge.measurement.devices import Device
 from gcvit_edge.measurement.result import Accuracy, Latency, Report, Result, Run
 from gcvit_edge.measurement.timing import Mode, Timing, time_sessions
 from gcvit_edge.progress import Advance, Steps
-from gcvit_edge.targets import CHUNK_IMAGES, Case, Connection, Hold, Session, load_target, side_by_side
+from gcvit_edge.targets import Case, Connection, Hold, Session, chunk_images, load_target, side_by_side
 
 
 @dataclass(frozen=True)
@@ -208,11 +208,12 @@ def _answers_in_turn(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pix
     """The same, one at a time, all of them on some images before any is on the next: where images are sent, once is enough."""
     with ExitStack() as stack:
         running: list[tuple[Case, Session, list[Logits]]] = [(*each, []) for each in _load(site, cases, stack, pinned=False)]
-        for start in range(0, len(pixels.kept), CHUNK_IMAGES):
+        count = chunk_images(bundle.info.preprocessing)
+        for start in range(0, len(pixels.kept), count):
             running, before = [], running
             for case, session, logits in before:
                 with site.noted(case):
-                    stop = min(start + CHUNK_IMAGES, len(pixels.kept))
+                    stop = min(start + count, len(pixels.kept))
                     logits.append(session.run(pixels, bundle.info.preprocessing, start, stop, advance))
                     running.append((case, session, logits))
         answers = []

@@ -46,7 +46,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         CheckFailed: the golden input of the bundle is missing or damaged.
     """
     from gcvit_edge.backends import load_backend
-    from gcvit_edge.plan import resolve_threads
+    from gcvit_edge.cpus import resolve_threads
 
     artifacts = {artifact.precision: artifact for artifact in bundle.artifacts if artifact.backend == backend}
     if not artifacts:

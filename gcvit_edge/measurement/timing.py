@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gcvit_edge.targets import Session
 
@@ -69,6 +69,18 @@ class Timing:
         import numpy as np
 
         return float(np.percentile(self.samples, q))
+
+    def report(self) -> dict[str, Any]:
+        """What the report of a bundle says of it."""
+        return {
+            "load_ms": round(self.load_ms, 1),
+            "first_ms": round(self.first_ms, 2),
+            "latency_ms": {f"p{q}": round(self.percentile(q), 3) for q in (50, 90, 99)},
+            "timed_runs": len(self.samples),
+            "threads": self.threads,
+            "peak_rss_mb": round(self.peak_rss_mb, 1),
+            "runtime_rss_mb": round(self.runtime_rss_mb, 1),
+        }
 
     @property
     def spread(self) -> float:

@@ -7,6 +7,9 @@ import pytest
 from commands import GOLDEN, Command
 from tiny import Tiny
 
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import create_model, describe_model
+
 
 def test_convert(command: Command, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("".join(f"class {i}\n" for i in range(_classes())))
@@ -66,3 +69,10 @@ def test_export_refuses(command: Command, tiny: Tiny) -> None:
 def test_export_refuses_no_threads(threads: int, command: Command, tiny: Tiny) -> None:
     argv = ["export", "--weights", tiny.weights, "--backends", "onnx", "--threads", threads, "-o", "out"]
     assert f"threads must be at least 1, got {threads}" in command.refuses(*argv)
+
+
+def test_export_refuses_a_network_that_images_cannot_be_given_to(command: Command, tmp_path: Path) -> None:
+    model = create_model(dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64, in_chans=1)
+    save_checkpoint(model, describe_model(model), tmp_path / "grey.safetensors", half=False)
+    said = command.refuses("export", "--weights", str(tmp_path / "grey.safetensors"), "-o", str(tmp_path / "grey"))
+    assert "the model takes 1 channel, and images are read as RGB" in said
