@@ -184,7 +184,10 @@ def _wait(beside: FloatArtifacts, steps: Steps) -> list[Artifact]:
 
 def _search(job: Job, float_artifact: Artifact, calibrated: "Calibrated", held_out: HeldOut, work: Path, stage: Path, steps: Steps) -> Made:
     name = float_artifact.backend
-    artifact, report = search(name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, work, job.threads, steps)
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        artifact, report = search(
+            name, calibrated, job.info, job.recipe, float_artifact, held_out, stage, Path(scratch), job.threads, steps
+        )
     return Made(float_artifact, artifact, report)
 
 

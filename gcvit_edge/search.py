@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,19 +116,12 @@ def search(
     """Writes the artifact of backend `name` that keeps the limits of `recipe` with the least work in float into `folder`; gives it and
     what a report says of the search.
 
-    held_out: images that judge. scratch: a folder for what is only tried. threads: with which artifacts are timed.
+    held_out: images that judge. scratch: a folder for what is only tried, to be removed afterwards: several artifacts. threads: with
+    which artifacts are timed.
 
     Raises:
         CheckFailed: float is no better than guessing on the images that judge.
     """
-    with TemporaryDirectory(dir=scratch) as trials:
-        return _search(name, calibrated, info, recipe, float_artifact, held_out, folder, trials, threads, steps)
-
-
-def _search(
-    name: str, calibrated: "Calibrated", info: ModelInfo, recipe: Recipe, float_artifact: Artifact, held_out: HeldOut, folder: Path,
-    trials: str, threads: int, steps: Steps,
-) -> tuple[Artifact, dict[str, Any]]:  # fmt: skip
     judges = [held_out.pixels.load()[: len(held_out.classes)], held_out.classes]
     known = measurements(name, calibrated, recipe, [*held_out.ranking, *judges])  # those that rank are normalised
 
@@ -138,7 +131,7 @@ def _search(
 
     @cache
     def lower(keep: tuple[str, ...]) -> Artifact:
-        return lower_quantized(name, calibrated, info, keeping(recipe, keep), Path(mkdtemp(dir=trials)))
+        return lower_quantized(name, calibrated, info, keeping(recipe, keep), Path(mkdtemp(dir=scratch)))
 
     def accuracy(keep: tuple[str, ...]) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
