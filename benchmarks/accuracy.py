@@ -243,8 +243,7 @@ def main() -> None:
         with steps.step("float", len(classes)) as advance:
             reference = run_artifacts([artifact], pixels, preprocessing, advance)[0]
         check_baseline(reference, classes)
-        images = find_images(arguments.train, "calibration")
-        identity = digest([weights_digest(job.model.state_dict()), *images.files, np.array(images.sizes())])
+        identity = digest([weights_digest(job.model.state_dict()), *find_images(arguments.train, "calibration").listing()])
         bed = Bed(job.model, job.info, arguments.train, identity, pixels, classes, reference, steps)
         check_rows(entries, bed, arguments.json)
         order = [row.name for row in ROWS]

@@ -24,9 +24,7 @@ from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.model.variants import check_takes_rgb
 from gcvit_edge.plan import bundle_path, sample_weights
 from gcvit_edge.progress import Steps
-from gcvit_edge.targets.local import Session, time_artifacts
-
-TIMED_ROUNDS = 20
+from gcvit_edge.targets.local import TIMED_ROUNDS, Session, time_artifacts
 
 
 def export_float(

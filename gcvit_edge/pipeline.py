@@ -27,14 +27,13 @@ from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.plan import Job, check_held_out, plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.search import HeldOut, search
-from gcvit_edge.targets.local import Timing, run_artifacts, time_artifacts
+from gcvit_edge.targets.local import TIMED_ROUNDS, Timing, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.model.gcvit import GCViT
     from gcvit_edge.quantization.calibrate import Calibrated
 
 CHECKED_IMAGES = 16  # of the float artifacts that are not evaluated on all
-TIMED_ROUNDS = 20
 
 
 @dataclass(frozen=True)

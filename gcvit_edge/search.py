@@ -33,13 +33,12 @@ from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import Limits, Recipe
-from gcvit_edge.targets.local import run_artifacts, time_artifacts
+from gcvit_edge.targets.local import TIMED_ROUNDS, run_artifacts, time_artifacts
 
 if TYPE_CHECKING:
     from gcvit_edge.quantization.calibrate import Calibrated
 
 STEP_DB = 2.0  # between the candidates that are tried
-TIMED_ROUNDS = 20
 
 
 @dataclass(frozen=True)

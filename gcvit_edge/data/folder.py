@@ -43,21 +43,22 @@ class ImageFolder:
         queues = [generator.permutation(members[name]).tolist() for name in sorted(members)]
         generator.shuffle(queues)
         ranked = (index for rank in zip_longest(*queues) for index in rank if index is not None)
-        return self._take(islice(ranked, count))
+        return self.take(islice(ranked, count))
 
     def without(self, others: "ImageFolder") -> "ImageFolder":
         """Those of its images that are not among `others`, of the same root."""
         dropped = set(others.files)
-        return self._take(index for index, file in enumerate(self.files) if file not in dropped)
+        return self.take(index for index, file in enumerate(self.files) if file not in dropped)
 
-    def sizes(self) -> list[int]:
-        """Bytes of each file, unpacked; -1 of one that is gone."""
+    def listing(self) -> list[str]:
+        """Name and bytes, unpacked, of each file (-1 of one that is gone): what tells its images from others without reading them."""
         if self.root.is_dir():
-            return [_size(self.root / name) for name in self.files]
+            return [f"{name} {_size(self.root / name)}" for name in self.files]
         with zipfile.ZipFile(self.root) as archive:
-            return [archive.getinfo(name).file_size for name in self.files]
+            return [f"{name} {archive.getinfo(name).file_size}" for name in self.files]
 
-    def _take(self, indices: Iterable[int]) -> "ImageFolder":
+    def take(self, indices: Iterable[int]) -> "ImageFolder":
+        """The images at these positions."""
         kept = list(indices)
         return ImageFolder(self.root, tuple(self.files[i] for i in kept), tuple(self.classes[i] for i in kept))
 

@@ -24,6 +24,7 @@ HELP = "this machine's CPU, each artifact in a fresh Python process; runs every 
 ADDRESS = "none"
 MEASURES_TIME = True
 
+TIMED_ROUNDS = 20  # where artifacts are timed beside what else is done with them
 MIN_SHARE = 128  # images of a process: loading an artifact takes as long as some 50
 
 

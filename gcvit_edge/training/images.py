@@ -1,7 +1,7 @@
 """Training images: which ones in which order, augmented how. All of it follows from (seed, epoch, image), so that neither the
 number of processes nor an interruption changes what the network sees."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class LabelledImages:
 
     def identity(self) -> dict[str, Any]:
         """What tells these images from others, wherever they lie: a hash of all names, sizes and classes, and the preprocessing."""
-        images = digest([*self.images.files, np.array(self.images.sizes()), self.classes])
+        images = digest([*self.images.listing(), self.classes])
         return {"images": images, "preprocessing": self.preprocessing.model_dump(mode="json")}
 
 
@@ -126,11 +126,5 @@ def readable(data: LabelledImages, name: str, accelerator: "Accelerator", steps:
         with steps.step(name, len(data)) as advance:
             found = [find_readable(data.images, advance)]
     kept = broadcast_object_list(found)[0]
-    files, classes = data.images.files, data.images.classes
-    skipped = [files[position] for position in sorted(set(range(len(files))) - set(kept.tolist()))]
-    images = ImageFolder(data.images.root, _pick(files, kept), _pick(classes, kept))
-    return LabelledImages(images, data.classes[kept], data.preprocessing), skipped
-
-
-def _pick(values: tuple[str, ...], positions: Iterable[np.int64]) -> tuple[str, ...]:
-    return tuple(values[position] for position in positions)
+    images = data.images.take(kept)
+    return LabelledImages(images, data.classes[kept], data.preprocessing), list(data.images.without(images).files)

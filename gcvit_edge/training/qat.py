@@ -79,7 +79,7 @@ def plan_fine_tuning(
     steps_per_epoch(len(data), settings)
     accelerator = make_accelerator(device)
     micro_batches(settings, accelerator.num_processes)
-    calibrated_on = digest(f"{name} {size}" for name, size in sorted(zip(calibration.files, calibration.sizes(), strict=True)))
+    calibrated_on = digest(sorted(calibration.listing()))
     decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": calibrated_on}
     return FineTuning(settings, data, accelerator, state, resume, decided_by)
 
