@@ -277,8 +277,8 @@ def test_a_runner_that_is_killed(pte_bundle: Bundle, options: Options) -> None:
     assert left(options) == []
 
 
-def test_this_program_killed(pte_bundle: Bundle, options: Options) -> None:
-    """By SIGKILL, so that it can do nothing itself."""
+def test_this_program_killed(pte_bundle: Bundle, options: Options, temporary: Path) -> None:
+    """By SIGKILL, so that it can do nothing itself: its own temporary folder stays."""
     case = f"benchmark {pte_bundle.root} --target ssh:board --backend executorch --mode single-stream".split()
     with subprocess.Popen(
         [sys.executable, "-m", "gcvit_edge", *case, "--ssh-config", str(options.ssh_config), "--remote-dir", str(options.remote_dir)],

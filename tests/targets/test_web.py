@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -171,7 +170,7 @@ def test_a_launcher_that_ends_before_the_browser(tmp_path: Path) -> None:
     assert group_ends(browser._process.pid)
 
 
-def test_no_browser_outlives_this_program(tmp_path: Path) -> None:
+def test_no_browser_outlives_this_program(tmp_path: Path, temporary: Path) -> None:
     script = (
         "import sys, time\nfrom gcvit_edge.targets.web._browser import Browser\n"
         "browser = Browser(sys.argv[1], 'http://127.0.0.1:9')\nprint(browser._process.pid, flush=True)\ntime.sleep(60)"
@@ -183,15 +182,6 @@ def test_no_browser_outlives_this_program(tmp_path: Path) -> None:
         os.killpg(group, 0)
         user.kill()
     assert group_ends(group)
-
-
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder for temporary files, with a path as short as usual."""
-    with tempfile.TemporaryDirectory(prefix="t") as folder:
-        monkeypatch.setattr("tempfile.tempdir", folder)
-        monkeypatch.setenv("TMPDIR", folder)
-        yield Path(folder)
 
 
 def test_a_tab_that_crashes(usable: None, bundle: Bundle, temporary: Path) -> None:
