@@ -158,11 +158,13 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
             f"{path} is no ETDump, or not a whole one; expected a file that `gcvit-edge benchmark --etdump DIR` wrote"
         ) from error
     operators: list[Operator] = []
-    delegate_calls = 0
+    whole, delegate_calls = 0.0, 0
     for block in blocks:
         for event in block.events:
             delegate_calls += event.name == "DELEGATE_CALL"
             times = event.perf_data.raw if event.perf_data else []
+            if event.name == "Method::execute":
+                whole += float(np.median(times))
             if not times or event.name in _BRACKETS:
                 continue
             name = event.name.rsplit(" #", 1)[0]
@@ -170,7 +172,14 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
             kind = _kind(name)
             integer = kind == "matrix" and any(part in name for part in ("QS8", "QU8", "QD8", "QDU8", "QC8)"))
             operators.append(Operator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
-    return _averages_apart(operators), delegate_calls
+    return [*_averages_apart(operators), *_unattributed(operators, whole)], delegate_calls
+
+
+def _unattributed(operators: list[Operator], whole: float) -> list[Operator]:
+    """What an inference takes, in ms, beyond its operators: XNNPACK cuts their times off to whole microseconds, and what interrupts
+    one now and then is in no median."""
+    rest = whole - sum(each.ms for each in operators)
+    return [Operator("unattributed", "of no operator", "other", rest, False, all(each.delegated for each in operators))] if rest > 0 else []
 
 
 def _averages_apart(operators: list[Operator]) -> list[Operator]:
@@ -192,7 +201,7 @@ def _kind(name: str) -> Kind:
 
 
 _NAMES = {"Invalid Unary Op": "Table Lookup (NC, S8)"}  # GELU of integers, which XNNPACK makes a table of and has no name for then
-_BRACKETS = {"DELEGATE_CALL", "Method::execute", "Method::init", "Program::load_method"}  # events around others
+_BRACKETS = {"DELEGATE_CALL", "OPERATOR_CALL", "Method::execute", "Method::init", "Program::load_method"}  # events around others
 _KINDS: dict[Kind, tuple[str, ...]] = {
     "matrix": ("Fully Connected", "Convolution", "Batch Matrix Multiply", "Deconvolution"),
     "quantization": ("Convert",),

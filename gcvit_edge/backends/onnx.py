@@ -81,9 +81,6 @@ def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:
     properties = {
         "names": json.dumps(dict(enumerate(info.labels.names))),
         "preprocessing": info.preprocessing.model_dump_json(),
-        "Image.BitmapPixelFormat": "Rgb8",
-        "Image.ColorSpaceGamma": "SRGB",
-        "Image.NominalPixelRange": "NominalRange_0_255",
         "model": info.name,
         "license": info.origin.licence,
     }
@@ -132,8 +129,10 @@ _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "Q
 _KINDS: dict[Kind, set[str]] = {
     "matrix": {*_INTEGER, "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits", "Conv", "FusedConv", "Attention"},
     "quantization": {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"},
-    "layout": {"Transpose", "Reshape", "ReorderInput", "ReorderOutput", "Unsqueeze", "Squeeze", "Expand", "Concat", "Slice", "Pad"},
-}
+    "layout": {
+        "Transpose", "Reshape", "ReorderInput", "ReorderOutput", "Unsqueeze", "Squeeze", "Expand", "Concat", "Slice", "Pad", "Gather",
+    },
+}  # fmt: skip
 
 
 def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:

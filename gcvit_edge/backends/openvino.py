@@ -181,7 +181,8 @@ _KINDS: dict[str, Kind] = {
 
 
 def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
-    """From OpenVINO's performance counters; attention is a fused "Subgraph". Source: OpenVINO documentation, "Performance counters"."""
+    """From OpenVINO's performance counters; attention is a fused "Subgraph", one product, and in integers if
+    its first product is. Source: OpenVINO documentation, "Performance counters"."""
     from openvino import ProfilingInfo
 
     request = _compile(path, threads, {"PERF_COUNT": True}).create_infer_request()
@@ -192,22 +193,23 @@ def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> 
             if node.status != ProfilingInfo.Status.EXECUTED:
                 continue
             times[node.node_name, node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1000)
-    return [
-        Operator(
-            name, _label(name, kind, execution), _kind(name, kind), float(np.median(values)), execution.lower().endswith(("_i8", "_u8"))
-        )
-        for (name, kind, execution), values in times.items()
-    ], None  # fmt: skip
+
+    def operator(name: str, node: str, execution: str, ms: float) -> Operator:
+        kind = _kind(name, node)
+        integer = kind == "matrix" and execution.lower().endswith(("_i8", "_u8"))
+        return Operator(name, _label(kind, node, execution), kind, ms, integer)
+
+    return [operator(*key, float(np.median(values))) for key, values in times.items()], None
 
 
-def _label(name: str, kind: str, execution: str) -> str:
-    fused = {"matrix": "attention", "quantization": "rounding", "other": "elementwise"}.get(_kind(name, kind), "")
-    return f"{kind}{f' of {fused}' if kind == 'Subgraph' else ''}, {execution.rsplit('_', 1)[-1].lower()}"
+def _label(kind: Kind, node: str, execution: str) -> str:
+    fused = {"matrix": "attention", "quantization": "rounding", "other": "elementwise"}.get(kind, "")
+    return f"{node}{f' of {fused}' if node == 'Subgraph' else ''}, {execution.rsplit('_', 1)[-1].lower()}"
 
 
-def _kind(name: str, kind: str) -> Kind:
-    if kind == "Subgraph":  # what the CPU plugin has fused goes by the name of its last operator
+def _kind(name: str, node: str) -> Kind:
+    if node == "Subgraph":  # what the CPU plugin has fused goes by the name of its last operator
         if "FakeQuantize" in name or "fq_" in name:
             return "quantization"
-        return "matrix" if name.rsplit("/", 1)[-1] == "Transpose" else "other"
-    return _KINDS.get(kind, "other")
+        return "matrix" if name.rsplit("/", 1)[-1] in ("Transpose", "MatMul") else "other"
+    return _KINDS.get(node, "other")

@@ -123,7 +123,7 @@ def verdict(name: str, profile: dict[str, Any], reference: dict[str, Any] | None
         products += f"{integer['ms']:.1f} of {ms['products']:.1f} ms."
     else:
         products = f"None of {integer['of']} linears, convolutions and attention products is integer arithmetic: {ms['products']:.1f} ms."
-    rest = f"{ms['rounding and layout']:.1f} rounding and layout, {ms['other operators']:.1f} float operators between them"
+    rest = f"{ms['rounding and layout']:.1f} rounding and layout, {ms['other operators']:.1f} other operators between them"
     lines = [f"{products} The rest of the {total:.1f} ms: {rest}."]
     calls, share = profile["delegate_calls"], profile["delegated_share"]
     if calls is not None:

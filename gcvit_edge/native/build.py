@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def missing_tools(architecture: str) -> str | None:
         UserError: unknown architecture.
     """
     toolchain = _toolchain(architecture)
-    return missing_programs({"cmake": "cmake", "make": "make", toolchain.compiler: toolchain.packages})
+    return missing_programs({"cmake": "cmake", "make": "make", _compiler(toolchain)[0]: toolchain.packages})
 
 
 def missing_programs(packages: dict[str, str]) -> str | None:
@@ -110,7 +111,7 @@ def build_runner(architecture: str | None = None) -> RunnerFiles:
     executorch = executorch_package(architecture)
     options = [f"-DCMAKE_PREFIX_PATH={executorch}", *toolchain.cmake]
     libraries = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted((executorch / "lib").glob("*"))]
-    return compile_runner(architecture, options, [executorch_version(), str(executorch), *libraries, _identity(toolchain.compiler)])
+    return compile_runner(architecture, options, [executorch_version(), str(executorch), *libraries, _identity(_compiler(toolchain))])
 
 
 def compile_runner(name: str, options: Sequence[str], decided_by: Sequence[str]) -> RunnerFiles:
@@ -144,16 +145,20 @@ def build_counter() -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        options = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
-        _run(["cc", *options, "-o", str(folder / "count.so"), str(_SOURCES / "count.c")], "compile the counter")
+        _run(["cc", "-shared", "-fPIC", "-O2", "-o", str(folder / "count.so"), str(_SOURCES / "count.c")], "compile the counter")
 
-    return _kept("counter", [*_texts(["count.c"]), _identity("cc")], build) / "count.so"
+    return _kept("counter", [*_texts(["count.c"]), _identity(["cc"])], build) / "count.so"
 
 
 def _toolchain(architecture: str) -> Toolchain:
     if architecture not in architectures():
         raise unknown_name("architecture", architecture, architectures())
     return _NATIVE if architecture == host() else _CROSS
+
+
+def _compiler(toolchain: Toolchain) -> list[str]:
+    """The command that CMake compiles with: of this machine's programs the one that CXX names, arguments included, if it is set."""
+    return (shlex.split(os.environ.get("CXX", "")) if toolchain is _NATIVE else []) or [toolchain.compiler]
 
 
 def executorch_package(architecture: str) -> Path:
@@ -203,9 +208,9 @@ def _texts(names: Sequence[str]) -> list[str]:
     return [(_SOURCES / name).read_text(encoding="utf-8") for name in names]
 
 
-def _identity(compiler: str) -> str:
+def _identity(compiler: Sequence[str]) -> str:
     """The compiler's own first line about itself."""
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
 
 
 def _run(command: Sequence[str], purpose: str) -> None:

@@ -172,7 +172,9 @@ class Server {
  public:
   // spare: CPUs beside those that are timed
   Server(const Arguments& arguments, FILE* answers, const cpu_set_t& spare) : answers_(answers), etdump_(arguments.etdump), meter_(spare) {
-    executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(arguments.threads);
+    auto* threads = executorch::extension::threadpool::get_threadpool();
+    if (threads == nullptr) fail("ExecuTorch has no threads here: it cannot read what the CPU is");
+    threads->_unsafe_reset_threadpool(arguments.threads);
     auto tracer = etdump_.empty() ? nullptr : std::make_unique<ETDumpGen>();
     tracer_ = tracer.get();
     const double before = peak_rss_mb();

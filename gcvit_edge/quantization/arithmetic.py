@@ -7,7 +7,7 @@ Signedness = Literal["int8", "uint8"]
 Scales = Literal["static", "dynamic", "dynamic_row", "weights"]
 """Of a linear's input: fixed; found when it runs, one for the tensor, or one a row; or none: float with INT8 weights."""
 ConvScales = Literal["static", "dynamic", "dynamic_image"]
-"""Of a convolution's input: fixed; found when it runs, one for the tensor, or one an image."""
+"""Of a convolution's input: fixed; found when it runs, one for the tensor, or one an image (a pixel, of a 1x1 convolution)."""
 
 GroupedScales = Literal["weights", "dynamic_row", "dynamic_block"]
 """Of the input of a linear with INT4 weights: none, one a row, or one for each 32 channels of a row."""

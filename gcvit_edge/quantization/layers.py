@@ -70,27 +70,41 @@ class DynamicRowLinear(Product):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = _operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
-        limits = (scale, zero_point, -128, 127, torch.int8)
-        x = _operators.quantize_per_token.default(x, *limits)
-        return self.product(_operators.dequantize_per_token.default(x, *limits, torch.float32), self.weight())
+        return self.product(_rounded_rows(x), self.weight())
 
 
-class DynamicImageConv(Product):
-    """A convolution whose input is rounded with a scale an image, found when it runs, as XNNPACK's `qd8` kernels do."""
+class DynamicConv2d(Product):
+    """A convolution whose input is rounded with scales found when it runs, as XNNPACK's `qd8` kernels do: one an image, or, of a 1x1
+    convolution, one a pixel.
+
+    Exported it has one an image in either case, since ExecuTorch's partitioner knows no other; XNNPACK runs a 1x1 convolution as
+    `Fully Connected (NC, QDU8, F32, QC8W)`, which rounds row by row.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)
         self.weight = IntegerWeight(conv.weight)
+        self._is_pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._rounded(x) if len(x) == 1 else torch.cat([self._rounded(image) for image in x.split(1)])
+        if self._is_pointwise and not torch.compiler.is_exporting():
+            return self.product(_rounded_rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), self.weight())
+        x = _rounded_image(x) if len(x) == 1 else torch.cat([_rounded_image(image) for image in x.split(1)])
         return self.product(x, self.weight())
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        scale, zero_point = _operators.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)
-        limits = (scale, zero_point, -128, 127, torch.int8)
-        return _operators.dequantize_per_tensor.tensor(_operators.quantize_per_tensor.tensor(x, *limits), *limits)
+
+def _rounded_rows(x: Tensor) -> Tensor:
+    """`x` (..., C) as INT8 gives it back, with a scale and a zero point for each row."""
+    scale, zero_point = _operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    limits = (scale, zero_point, -128, 127, torch.int8)
+    return _operators.dequantize_per_token.default(_operators.quantize_per_token.default(x, *limits), *limits, torch.float32)
+
+
+def _rounded_image(x: Tensor) -> Tensor:
+    """`x` as INT8 gives it back, with one scale and zero point."""
+    scale, zero_point = _operators.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)
+    limits = (scale, zero_point, -128, 127, torch.int8)
+    return _operators.dequantize_per_tensor.tensor(_operators.quantize_per_tensor.tensor(x, *limits), *limits)
 
 
 class DynamicLinear(nn.Module):

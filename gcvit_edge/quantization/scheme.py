@@ -15,7 +15,7 @@ from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
     DynamicConv,
-    DynamicImageConv,
+    DynamicConv2d,
     DynamicLinear,
     DynamicRowLinear,
     GroupedLinear,
@@ -114,7 +114,7 @@ def quantize(
         if arithmetic.conv == "dynamic":
             return DynamicConv(layer)
         if arithmetic.conv == "dynamic_image":
-            return DynamicImageConv(layer)
+            return DynamicConv2d(layer)
         return StaticLayer(layer, affine(f"{name}.input"), None)
 
     def treated(name: str, module: nn.Module, parent: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.layers import DynamicConv2d
 from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize
 
@@ -113,6 +114,20 @@ def answers(artifact: Lowered) -> np.ndarray:
     return np.concatenate([run(image) for image in IMAGES])
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_round_as_is_simulated(kernel: int, tmp_path: Path) -> None:
+    """Of 3x3 convolutions XNNPACK rounds an image with one scale, of 1x1 ones each pixel with its own."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 32, 9, 9) * torch.linspace(0.1, 4, 81).reshape(9, 9)
+    layer = DynamicConv2d(torch.nn.Conv2d(32, 16, kernel, padding=kernel // 2)).eval()
+    with torch.no_grad():
+        simulated = layer(image).numpy()
+        exact = layer.product(image, layer.weight()).numpy()
+    (file,) = backend.save(backend.capture(layer, image), tmp_path / "model.pte", describe_model(small_model()))
+    answer = backend.load(file, 1)(image.numpy())
+    assert sqnr_db(answer, simulated) > 100 > 60 > sqnr_db(simulated, exact)
+
+
 def test_a_graph_that_xnnpack_does_not_take_whole_is_refused(tmp_path: Path) -> None:
     class Sorts(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,6 +145,29 @@ def test_averages_are_told_from_linears(small_float: Lowered) -> None:
     norms, centred = 6 * 2 + 4 * 2 + 1, 4
     linears = 4 * 6 + 2 * 5 + 3 * 9 + 1  # of local blocks, of global ones, which have no q, of Fused-MBConvs, and the head
     assert kinds == {"matrix": linears, "other": norms + centred}
+
+
+def test_a_profile_adds_up_to_the_inference(tmp_path: Path) -> None:
+    """Also where not all is delegated: what runs an operator outside is timed around it once more."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.devtools import Inspector
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings import portable_lib
+
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)).eval()
+    image = torch.zeros(16, 64)
+    program = to_edge_transform_and_lower(torch.export.export(layers, (image,)), partitioner=[XnnpackPartitioner()]).to_executorch()
+    (tmp_path / "model.pte").write_bytes(program.buffer)
+    module = portable_lib._load_for_executorch(str(tmp_path / "model.pte"), enable_etdump=True)
+    for _ in range(5):
+        module.forward([image])
+    module.write_etdump_result_to_file(str(tmp_path / "dump"), str(tmp_path / "debug.bin"))
+    events = [event for block in Inspector(etdump_path=str(tmp_path / "dump")).event_blocks for event in block.events]
+    (whole,) = (np.median(event.perf_data.raw) for event in events if event.name == "Method::execute")
+    operators, calls = backend.read_etdump(tmp_path / "dump")
+    assert calls == 2
+    assert [each.operator for each in operators if not each.delegated] == ["native_call_native_layer_norm.out", "of no operator"]
+    assert sum(each.ms for each in operators) == pytest.approx(whole)
 
 
 def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:

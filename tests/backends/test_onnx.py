@@ -57,5 +57,4 @@ def test_metadata(model: onnx.ModelProto) -> None:
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["names"]) == {"0": "a", "1": "b/c", "2": "d", "3": "e f"}
     assert json.loads(properties["preprocessing"])["size"] == [64, 64]
-    assert properties["Image.BitmapPixelFormat"] == "Rgb8"
     assert "CC-BY-NC-SA-4.0" in properties["license"]

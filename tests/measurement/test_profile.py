@@ -39,6 +39,7 @@ def test_profile_of_the_runtime_itself(name: str, tmp_path: Path) -> None:
         assert profile["total_ms"] > 0
         assert sum(each["ms"] for each in profile["kinds"].values()) == pytest.approx(profile["total_ms"], abs=0.01)
         assert sum(each["count"] for each in profile["operators"]) == sum(each["count"] for each in profile["kinds"].values())
+        assert {each["kind"] for each in profile["operators"] if each["integer"]} <= {"matrix"}
         elsewhere = [each["operator"] for each in profile["operators"] if each["kind"] != "matrix" and IS_PRODUCT.match(each["operator"])]
         assert elsewhere == []
         assert {each["kind"] for each in profile["operators"] if each["operator"] == "Pad"} <= {"layout"}
@@ -48,6 +49,20 @@ def test_profile_of_the_runtime_itself(name: str, tmp_path: Path) -> None:
         assert profile["delegate_calls"] == (1 if name == "executorch" else None)
     assert "Invalid" not in json.dumps(profiles)  # what XNNPACK calls a table of GELU
     assert f"{products[name]} of" in verdict("int8", profiles[1], profiles[0])[0]
+
+
+def test_attention_in_integers_is_attention_in_openvino(tmp_path: Path) -> None:
+    """Fused, it goes by the name of its last operator, which is another than in float; other integer operators are no integer products."""
+    torch.manual_seed(0)
+    model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=64)
+    recipe = parse_recipe(recipe_text("int8_ptq_full"), "int8_ptq_full")
+    calibrated = calibrate(model, recipe, lambda: iter(IMAGES))
+    artifact = lower_quantized("openvino", calibrated, describe_model(model), recipe, tmp_path)
+    operators, _ = load_backend("openvino").profile(artifact.path, 1, IMAGES[0], 1)
+    products = [each for each in operators if each.kind == "matrix" and ("bmm" in each.name or "Subgraph" in each.operator)]
+    assert 6 <= len(products) <= 12  # of 6 blocks, fused or not
+    assert {each.kind for each in operators if "bmm" in each.name and each.name.endswith("/MatMul")} <= {"matrix"}
+    assert {each.kind for each in operators if each.integer} == {"matrix"}
 
 
 @pytest.mark.parametrize(("name", "integer"), [("w4a8_ptq", True), ("int4_weights", False)])

@@ -61,7 +61,8 @@ def needs(missing: str | None) -> pytest.MarkDecorator:
 
 
 @needs(build.missing_tools(build.host()))
-def test_built_once_and_again_when_a_source_changes(cache: Path, sources: Path) -> None:
+def test_built_once_and_again_when_a_source_changes(cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-Wall -Wextra -Werror")  # here, not where users build: another compiler knows other warnings
     files = build.build_runner()
     made = files.executable.stat().st_mtime_ns
     assert build.build_runner(build.host()) == files
@@ -89,6 +90,22 @@ def test_runs_on_systems_as_old_as_the_readme_says(architecture: str) -> None:
     symbols = subprocess.run(["readelf", "--dyn-syms", "--wide", files.executable], capture_output=True, text=True, check=True).stdout
     # for which later headers, of glibc 2.38 and of GCC 13, take symbols that came with them
     assert re.findall(r"\b(?:strto(?:u?ll?|[iu]max)|\w*scanf|_ZSt3cin)\b", symbols) == []
+
+
+@needs(build.missing_tools(build.host()))
+def test_another_compiler_makes_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CXX names it for CMake, also where it is the same file as before."""
+    keys: list[tuple[str, ...]] = []
+    monkeypatch.setattr(build, "_kept", lambda name, decided_by, make: keys.append(tuple(decided_by)) or tmp_path)
+    compiler = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", f"{compiler} -O1")
+    for release in ("one", "two"):
+        compiler.write_text(f"#!/bin/sh\necho {release} $*\n")
+        compiler.chmod(0o755)
+        build.build_runner()
+    assert [key for key in keys[0] if key not in keys[1]] == ["one -O1 --version"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.missing_tools(build.host()) == "building the runner needs: apt install g++"
 
 
 @needs(build.missing_tools(build.host()))
@@ -141,6 +158,8 @@ def test_counter_counts_exactly(tmp_path: Path) -> None:
     (tmp_path / "program.S").write_text(INSTRUCTIONS)
     compiler = ["aarch64-linux-gnu-g++", "-static", "-march=armv8.6-a", "-o", str(tmp_path / "program"), str(tmp_path / "program.S")]
     subprocess.run(compiler, check=True)
+    strict = ["cc", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*strict, build._SOURCES / "count.c"], check=True)
     plugin = f"{build.build_counter()},out={tmp_path / 'counts'}"
     subprocess.run(["qemu-aarch64", "-cpu", "max,sme=off", "-plugin", plugin, tmp_path / "program"], check=True)
     counts = {name: int(count) for name, count in map(str.split, (tmp_path / "counts").read_text().splitlines())}

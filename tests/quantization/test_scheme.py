@@ -21,7 +21,7 @@ from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
     DynamicConv,
-    DynamicImageConv,
+    DynamicConv2d,
     DynamicLinear,
     DynamicRowLinear,
     GroupedLinear,
@@ -168,7 +168,7 @@ def test_dynamic_conv_is_dynamic_linear_of_the_pixels_that_each_output_reads(mod
 def test_dynamic_convolutions_round_image_by_image(model: nn.Module, ranges: Ranges) -> None:
     arithmetic = Arithmetic(activations="int8", conv="dynamic_image")
     quantized = quantize(deploy(model), frozenset({"conv"}), arithmetic, ranges)
-    assert len(kinds(quantized, DynamicImageConv)) == 4
+    assert len(kinds(quantized, DynamicConv2d)) == 4
     batch = torch.from_numpy(np.concatenate(IMAGES[:3])) * torch.tensor([1.0, 20.0, 0.1]).view(3, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(quantized(batch), torch.cat([quantized(image[None]) for image in batch]), rtol=1e-4, atol=1e-4)
