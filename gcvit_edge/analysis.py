@@ -139,6 +139,8 @@ def _backend(
     job: Job, name: str, bundle: Bundle | None, calibrated: "Calibrated", images: list[NDArray[np.float32]], pixels: Pixels, work: Path,
     steps: Steps,
 ) -> dict[str, Any]:  # fmt: skip
+    from gcvit_edge.quantization.keep import kept_layers
+
     deployed = _deployed(job, name, bundle, calibrated, work, steps)
     if bundle is not None:
         _check_weights(deployed, bundle, calibrated)
@@ -157,7 +159,7 @@ def _backend(
     with steps.step(f"{name}: time", len(timed) * TIMED_ROUNDS) as advance:
         timings = time_artifacts(timed, images[0].shape, job.threads, TIMED_ROUNDS, advance)
     float_ms, int8_ms, plain_ms = (timing.percentile(50) for timing in (*timings[:2], timings[-1]))
-    kept = set(deployed.recipe.keep_float)
+    kept = kept_layers(calibrated.network, deployed.recipe.keep_float)
     return {
         "backend": name,
         "precision": job.recipe.precision,

@@ -34,25 +34,21 @@ def lower_quantized(name: str, calibrated: "Calibrated", info: ModelInfo, recipe
 
 def simulate(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
     """What backend `name` exports for `recipe`: its way of writing the deploy form, in its integers, as PyTorch computes them."""
+    from gcvit_edge.model.deploy import rewrite
     from gcvit_edge.quantization.keep import kept_layers
     from gcvit_edge.quantization.scheme import quantize
 
-    operators, arithmetic = rounding(recipe, load_backend(name))
+    runtime = rounding(recipe, load_backend(name))
     keep = kept_layers(calibrated.network, recipe.keep_float)
-    network = _written(name, calibrated.to_round(keep), recipe)
-    return quantize(network, operators, arithmetic, calibrated.ranges, recipe.precision, keep)
+    network = rewrite(calibrated.to_round(keep), runtime.form)
+    return quantize(network, runtime.operators, runtime.arithmetic, calibrated.ranges, recipe.precision, keep)
 
 
 def written(name: str, calibrated: "Calibrated", recipe: Recipe) -> "nn.Module":
     """The same in float."""
-    return _written(name, calibrated.network, recipe)
-
-
-def _written(name: str, network: "nn.Module", recipe: Recipe) -> "nn.Module":
     from gcvit_edge.model.deploy import rewrite
 
-    backend = load_backend(name)
-    return rewrite(network, backend.form(integer_operators(recipe, backend)))
+    return rewrite(calibrated.network, rounding(recipe, load_backend(name)).form)
 
 
 def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
@@ -62,8 +58,10 @@ def integer_operators(recipe: Recipe, backend: Backend) -> frozenset[Operator]:
 
 def rounding(recipe: Recipe, backend: Backend) -> "Rounding":
     """What the backend's runtime rounds of a recipe, and how."""
+    from gcvit_edge.quantization.scheme import Rounding
+
     operators = integer_operators(recipe, backend)
-    return operators, backend.arithmetic(operators)
+    return Rounding(operators, backend.arithmetic(operators), backend.form(operators))
 
 
 def roundings(recipe: Recipe, names: Sequence[str]) -> "list[Rounding]":

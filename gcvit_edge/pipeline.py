@@ -63,7 +63,7 @@ def quantize(
     device: str | None = None,
     resume: bool = False,
     force: bool = False,
-    keep_float: bool = False,
+    with_float: bool = False,
     zip: bool = False,
     max_drop: float | None = None,
     steps: Steps | None = None,
@@ -74,7 +74,7 @@ def quantize(
     checkpoint file or "hf-hub:ID"; None with no network is the embedded sample. calib, eval, train: folders (or .zip) of
     images, one sub-folder a class; train, device ("auto", "cpu" or "cuda") and resume are for recipes that fine-tune. eval_images: how
     many of eval, spread evenly over the classes (None: all). backends: default, those of the recipe. output: the bundle to make.
-    keep_float: ship the float artifacts too. zip: one file instead of a folder. max_drop: in percentage points, instead of the recipe's
+    with_float: ship the float artifacts too. zip: one file instead of a folder. max_drop: in percentage points, instead of the recipe's
     limit. steps: where progress goes.
 
     Raises:
@@ -86,7 +86,7 @@ def quantize(
     job = plan(
         recipe, model, weights=weights, num_classes=num_classes, labels=labels, preprocessing=preprocessing, calib=calib, eval=eval,
         train=train, eval_images=eval_images, backends=backends, output=output, threads=threads, device=device, resume=resume, force=force,
-        keep_float=keep_float, zip=zip, max_drop=max_drop,
+        with_float=with_float, zip=zip, max_drop=max_drop,
     )  # fmt: skip
     if job.tuning is not None and job.tuning.accelerator.num_processes > 1:
         raise UserError(
@@ -111,7 +111,7 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
         made = _make(job, calibrated, work, stage, steps)
         report, answers = _measure(job, made, pixels, stage, steps)
         report |= prepared | {"skipped_images": [*prepared["skipped_images"], *pixels.skipped]}
-        shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.keep_float else (each.int8,))]
+        shipped = [artifact for each in made for artifact in ((each.float, each.int8) if job.with_float else (each.int8,))]
         with steps.step("pack"):
             golden = np.concatenate(list(inputs(pixels, job.info.preprocessing, GOLDEN_IMAGES)))
             recipe = RecipeCopy(name=job.recipe.name, text=job.recipe_text)
@@ -165,7 +165,7 @@ def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float3
 def _make(job: Job, calibrated: "Calibrated", work: Path, stage: Path, steps: Steps) -> list[Made]:
     """Float and quantized artifact of every backend."""
     held_out = _hold_out(job, work, steps)
-    with closing(FloatArtifacts(job.model, job.info, job.backends, stage if job.keep_float else work, work)) as beside:
+    with closing(FloatArtifacts(job.model, job.info, job.backends, stage if job.with_float else work, work)) as beside:
         if held_out is not None:  # a search compares with float
             floats = _wait(beside, steps)
             return [_search(job, each, calibrated, held_out, work, stage, steps) for each in floats]

@@ -16,7 +16,7 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import images_that_show, images_to_judge
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.model.variants import check_takes_rgb, variant_config
-from gcvit_edge.recipe import Limits, Recipe, Search, parse_recipe, recipe_text
+from gcvit_edge.recipe import MIN_CALIBRATION_IMAGES, Limits, Recipe, Search, parse_recipe, recipe_text
 from gcvit_edge.resources import resource_dir
 from gcvit_edge.schema import validate
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SAMPLE_MODEL = "gcvit_xxtiny"
 SAMPLE_WEIGHTS = "gcvit_xxtiny.fashion_mnist.safetensors"
-MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Job:
     output: Path
     threads: int
     force: bool
-    keep_float: bool
+    with_float: bool
     tuning: "FineTuning | None"
 
 
@@ -72,7 +71,7 @@ def plan(
     device: str | None = None,
     resume: bool = False,
     force: bool = False,
-    keep_float: bool = False,
+    with_float: bool = False,
     zip: bool = False,
     max_drop: float | None = None,
     searching: bool = True,
@@ -126,7 +125,7 @@ def plan(
     held_out = _held_out(parsed, rest, info.labels) if parsed.search and searching else None
     ranking = (rest if rest.files else selected).select((parsed.search or Search()).ranked_by, parsed.calibration.seed)  # type: ignore[call-arg]
     if parsed.keep_float:
-        _check_keep_float(network, parsed.keep_float)
+        _check_keep_float(network, parsed)
     tuning = None
     if parsed.qat is not None and train is not None:
         from gcvit_edge.training.qat import plan_fine_tuning
@@ -135,7 +134,7 @@ def plan(
             parsed, selected, train, info.labels, info.preprocessing, target, device=device or "auto", resume=resume, force=force
         )
     return Job(
-        parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, keep_float, tuning
+        parsed, text, network, info, selected, ranking, held_out, evaluation, classes, names, target, threads, force, with_float, tuning
     )
 
 
@@ -223,11 +222,18 @@ def check_held_out(recipe: Recipe, held_out: ImageFolder, count: int) -> None:
         )
 
 
-def _check_keep_float(network: "GCViT", patterns: Sequence[str]) -> None:
+def _check_keep_float(network: "GCViT", recipe: Recipe) -> None:
     from gcvit_edge.model.deploy import deploy
     from gcvit_edge.quantization.keep import kept_layers
+    from gcvit_edge.quantization.scheme import roundable_layers
 
-    kept_layers(deploy(network), patterns)
+    deployed = deploy(network)
+    rounded = roundable_layers(deployed, recipe.operators, recipe.precision)
+    for pattern in recipe.keep_float:
+        if not kept_layers(deployed, [pattern]) & rounded:
+            raise UserError(
+                f"keep_float: {pattern!r} is nothing that {', '.join(recipe.operators)} in {recipe.precision} would round; leave it out"
+            )
 
 
 def _resolve_model(

@@ -1,7 +1,7 @@
 """Recipes: what to quantize, how to calibrate, and the accuracy that the result must keep. One YAML file each."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,12 +14,16 @@ from gcvit_edge.training.settings import QatSettings
 Operator = Literal["linear", "conv", "attention", "residual"]
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
 
+MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
+_HALVES = ("fp16", "bf16")
+_FOR_INTEGERS = ("centering", "smoothing", "equalization")
+
 
 class Calibration(Section):
     """Which images set the activation ranges."""
 
-    images: int = Field(128, ge=1, strict=True, description="how many, spread evenly over the classes")
-    seed: int = Field(0, strict=True, description="which ones")
+    images: int = Field(128, ge=MIN_CALIBRATION_IMAGES, strict=True, description="how many, spread evenly over the classes")
+    seed: int = Field(0, ge=0, strict=True, description="which ones")
     ranges: RangeMethod = Field("minmax", description="how a range follows from what was seen; see quantization/ranges.py")
     unit_softmax: bool = Field(False, description="the output of the softmax has the range 0 to 1 (a fixed scale), whatever was seen")
 
@@ -29,6 +33,12 @@ class Search(Section):
 
     images: int = Field(2000, ge=50, strict=True, description="at most, of those that calibration does not use; they judge the drop")
     ranked_by: int = Field(16, ge=1, strict=True, description="of these, the images that rank the layers")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.ranked_by > self.images:
+            raise ValueError(f"`ranked_by` is a number of the `images`, of which there are {self.images}, got {self.ranked_by}")
+        return self
 
 
 class Limits(Section):
@@ -50,7 +60,8 @@ class Recipe(Section):
     smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
     equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
     rounding: Literal["nearest", "adaptive", "sequential"] = Field(
-        "nearest", description="of weights; adaptive: for least error of a layer's outputs; sequential: the layers' before it included"
+        "nearest",
+        description="of weights; adaptive: for least error of a layer's outputs (GPTQ); sequential: the layers' before it included (GPTAQ)",
     )
     bias_correction: bool = Field(False, description="the mean error of weights rounded to the nearest goes into biases")
     keep_float: tuple[str, ...] = Field((), description="layers that stay float: names of the deploy form, or patterns such as stages.0.*")
@@ -59,8 +70,18 @@ class Recipe(Section):
     qat: QatSettings | None = Field(None, description="fine-tuning after calibration; without this section there is none")
     limits: Limits = Limits()  # type: ignore[call-arg]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_integers(cls, data: Any) -> Any:
+        """What makes channels fit for integers is off by default where there are none."""
+        return dict.fromkeys(_FOR_INTEGERS, False) | data if data.get("precision") in _HALVES else data
+
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        if self.precision in _HALVES and (wanted := [key for key in _FOR_INTEGERS if getattr(self, key)]):
+            raise ValueError(f"`{wanted[0]}` makes channels fit for integers, which {self.precision} has none of; leave it out")
+        if "ranges" in self.calibration.model_fields_set and self.precision not in INTEGER_ACTIVATIONS:
+            raise ValueError(f"`calibration.ranges` is for activations in integers, which {self.precision} leaves in float; leave it out")
         if self.rounding != "nearest" and not {"linear", "conv"} & set(self.operators):
             raise ValueError(f"`rounding: {self.rounding}` is for linears and convolutions, not for {self._contents()}; leave it out")
         if self.rounding == "sequential" and self.search is not None:
@@ -68,7 +89,7 @@ class Recipe(Section):
                 "`rounding: sequential` fits layers to rounded ones before them, of which `search` leaves some in float; take "
                 "`rounding: adaptive`, or leave out `search`"
             )
-        if self.bias_correction and (self.precision in ("fp16", "bf16") or "linear" not in self.operators):
+        if self.bias_correction and (self.precision in _HALVES or "linear" not in self.operators):
             raise ValueError(f"`bias_correction` is for linears in integers, not for {self._contents()}; leave it out")
         if self.bias_correction and self.rounding != "nearest":
             raise ValueError(f"`rounding: {self.rounding}` leaves no mean error for `bias_correction`; leave out the one or the other")

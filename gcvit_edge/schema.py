@@ -82,6 +82,8 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
         return f"unknown key {where!r}; {hint}"
     if detail["type"] == "missing":
         return f"key {where!r} is missing"
+    if detail["type"] == "value_error":  # of several keys, which the message names
+        return f"{where}: {detail['ctx']['error']}" if where else str(detail["ctx"]["error"])
     return f"{where}: got {detail['input']!r}; {detail['msg']}"
 
 

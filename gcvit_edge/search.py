@@ -27,7 +27,7 @@ from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend, package_version
 from gcvit_edge.cache import Measurements, cache_file, digest, sources
 from gcvit_edge.data import Pixels, Preprocessing
-from gcvit_edge.lower import integer_operators, lower_quantized, rounding, simulate, written
+from gcvit_edge.lower import lower_quantized, rounding, simulate, written
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, images_to_judge, sqnr_db
 from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.model.info import ModelInfo
@@ -90,8 +90,9 @@ def measurements(name: str, calibrated: "Calibrated", recipe: Recipe, images: It
 
     backend = load_backend(name)
     versions = [sources(), cpu_name(), *(f"{package} {package_version(package)}" for package in backend.PACKAGES)]
-    recipe_parts = [repr((recipe.precision, recipe.keep_float)), repr(sorted(integer_operators(recipe, backend)))]
-    decided = [name, repr(rounding(recipe, backend)[1]), *versions, *recipe_parts, repr(sorted(calibrated.ranges.items()))]
+    runtime = rounding(recipe, backend)
+    rounded = [repr((recipe.precision, recipe.keep_float)), repr(sorted(runtime.operators)), repr((runtime.arithmetic, runtime.form))]
+    decided = [name, *rounded, *versions, repr(sorted(calibrated.ranges.items()))]
     return Measurements(cache_file(digest(chain(decided, identity(calibrated.network, calibrated.fitted), images))))
 
 

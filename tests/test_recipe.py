@@ -46,6 +46,12 @@ def test_defaults() -> None:
     assert recipe.limits.max_drop == 0.5
 
 
+def test_channels_are_made_fit_for_integers_where_there_are_some() -> None:
+    for precision, expected in {"int8": True, "int4": True, "bf16": False, "fp16": False}.items():
+        recipe = parse(precision=precision)
+        assert (recipe.centering, recipe.smoothing, recipe.equalization) == (expected,) * 3
+
+
 def test_recipes_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse().name = "other"  # type: ignore[misc]
@@ -64,7 +70,8 @@ def test_recipes_do_not_change() -> None:
         ),
         ({"calibration": {"zzzz": 1}}, r"unknown key 'calibration\.zzzz'; valid keys: images, seed"),
         ({"calibration": {"images": "many"}}, r"calibration\.images: got 'many'; .*integer"),
-        ({"calibration": {"images": 0}}, r"calibration\.images: got 0; .*greater than or equal to 1"),
+        ({"calibration": {"images": 0}}, r"calibration\.images: got 0; .*greater than or equal to 16"),
+        ({"calibration": {"seed": -1}}, r"calibration\.seed: got -1; .*greater than or equal to 0"),
         ({"calibration": 5}, "calibration: got 5; "),
         ({"calibration": None}, "calibration: got None; "),
         ({"operators": ["linear", "softmax"]}, r"operators\.1: got 'softmax'; .*'linear', 'conv', 'attention' or 'residual'"),
@@ -94,6 +101,15 @@ def test_recipes_do_not_change() -> None:
             {"calibration": {"unit_softmax": True}, "operators": ["linear", "attention"], "qat": {}},
             "`qat` trains the range of the softmax too; leave out `calibration.unit_softmax`, or `qat`",
         ),
+        (
+            {"precision": "bf16", "equalization": True},
+            "valid:\n  `equalization` makes channels fit for integers, which bf16 has none of; leave it out$",
+        ),
+        (
+            {"precision": "int4", "backends": ["onnx"], "calibration": {"ranges": "mse"}},
+            "`calibration.ranges` is for activations in integers, which int4 leaves in float; leave it out",
+        ),
+        ({"search": {"images": 60, "ranked_by": 100}}, "search: `ranked_by` is a number of the `images`, of which there are 60, got 100$"),
         ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],
 )

@@ -103,9 +103,10 @@ def main(argv: list[str] | None = None) -> int:
             errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
             return error.exit_code
         except KeyboardInterrupt as interruption:
-            errors.print(str(interruption) or "interrupted; nothing was written", markup=False, highlight=False, soft_wrap=True)
-            return 130
+            return _interrupted(errors, interruption)
         except Exception as error:
+            if interrupted.is_set():  # of which a library, or Python while it makes a class, has made another exception
+                return _interrupted(errors, KeyboardInterrupt())
             if is_unwritable(error):
                 raise  # to the entry point
             if isinstance(error, OSError) and error.errno in _UNREACHABLE:
@@ -114,6 +115,11 @@ def main(argv: list[str] | None = None) -> int:
             errors.print_exception()
             errors.print(f"internal error; what the tools printed:\n{streams.noise_tail()}", markup=False, highlight=False)
             return 1
+
+
+def _interrupted(errors: Terminal, interruption: KeyboardInterrupt) -> int:
+    errors.print(str(interruption) or "interrupted; nothing was written", markup=False, highlight=False, soft_wrap=True)
+    return 130
 
 
 @contextmanager

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 HELP = """accuracy of a bundle's artifacts on a folder of images, here or on devices
 
-With float artifacts in the bundle (quantize --keep-float), the drop against them too.
+With float artifacts in the bundle (quantize --with-float), the drop against them too.
 
   gcvit-edge evaluate BUNDLE --data val/
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HELP = """where the time of an artifact goes, operator by operator, and why it is as fast as it is
 
 From the runtime's own profiler: ONNX Runtime's, OpenVINO's counters, ExecuTorch's ETDump with XNNPACK's operators. Bundles with
-float artifacts (quantize --keep-float) show both, and what quantization saves and costs.
+float artifacts (quantize --with-float) show both, and what quantization saves and costs.
 
   gcvit-edge profile BUNDLE --backend openvino
   gcvit-edge profile BUNDLE --backend executorch --etdump FILE    a profile that `benchmark --etdump` wrote on a device

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_options(parser).add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
     add_output_options(parser)
-    parser.add_argument("--keep-float", action="store_true", help="put the float artifacts into the bundle too")
+    parser.add_argument("--with-float", action="store_true", help="put the float artifacts into the bundle too")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
 
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
         eval_images=arguments.eval_images, backends=arguments.backends, output=arguments.output, threads=arguments.threads,
-        device=arguments.device, resume=arguments.resume, force=arguments.force, keep_float=arguments.keep_float, zip=arguments.zip,
+        device=arguments.device, resume=arguments.resume, force=arguments.force, with_float=arguments.with_float, zip=arguments.zip,
         max_drop=arguments.max_drop,
     )  # fmt: skip
     main = job.tuning is None or job.tuning.accelerator.is_main_process

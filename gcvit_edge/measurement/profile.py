@@ -131,7 +131,7 @@ def verdict(name: str, profile: dict[str, Any], reference: dict[str, Any] | None
     if reference is not None:
         return [*lines, _comparison(name, profile, reference)]
     if name in get_args(Precision):
-        return [*lines, "Without a profile of the float artifact (quantize --keep-float) there is nothing to compare with."]
+        return [*lines, "Without a profile of the float artifact (quantize --with-float) there is nothing to compare with."]
     return [*lines, "There is no second profile to compare it with."]
 
 

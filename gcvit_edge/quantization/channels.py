@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gcvit_edge.quantization.watch import watching
+from gcvit_edge.quantization.watch import show, watching
 
 IMAGES = 32  # of the calibration set: channels differ by more than images do
 
@@ -26,7 +26,7 @@ def extremes(deployed: nn.Module, layers: Mapping[str, nn.Module], images: Itera
 
     with watching(layers, widen):
         for image in islice(images, IMAGES):
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     return found
 
 

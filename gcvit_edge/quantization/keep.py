@@ -1,4 +1,6 @@
-"""Layers that stay float, by name: of linears and convolutions, and of points, the activations that other operators would round."""
+"""Layers that stay float, by name: of linears and convolutions, of points, the activations that attention would round, and of additions
+to the residual stream. An addition is one layer: with its stream alone in float, rounded by the addition before it all the same,
+XNNPACK's partitioner finds no order for its operators."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -6,12 +8,16 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from gcvit_edge.errors import UserError, nearest
-from gcvit_edge.model.deploy import Point
+from gcvit_edge.model.deploy import Point, Residual
 
 
 def layer_names(deployed: nn.Module) -> list[str]:
     """What can be kept float, in the order of the network; the same names in every `Form`."""
-    return [name for name, module in deployed.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | Point)]
+    additions = {name for name, module in deployed.named_modules() if isinstance(module, Residual)}
+    return [
+        name for name, module in deployed.named_modules()
+        if name in additions or (isinstance(module, nn.Linear | nn.Conv2d | Point) and name.rpartition(".")[0] not in additions)
+    ]  # fmt: skip
 
 
 def kept_layers(deployed: nn.Module, patterns: Iterable[str]) -> frozenset[str]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcvit_edge.model.deploy import Constant, Point
+from gcvit_edge.model.deploy import Constant, Point, rewrite
 from gcvit_edge.quantization.calibrate import Calibrated
-from gcvit_edge.quantization.integers import IntegerWeight
+from gcvit_edge.quantization.integers import IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import Product, RoundedPoint, StaticLayer
 from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.quantization.scheme import Rounding, quantize
@@ -127,21 +127,21 @@ def learnable(calibrated: Calibrated, runtimes: Sequence[Rounding]) -> nn.Module
     round what they share more than once.
     """
     student = copy.deepcopy(calibrated.network)
-    versions = [quantize(student, operators, arithmetic, calibrated.ranges) for operators, arithmetic in runtimes]
-    shared: dict[tuple[float, float], Range] = {}
+    versions = [quantize(rewrite(student, each.form), each.operators, each.arithmetic, calibrated.ranges) for each in runtimes]
+    shared: dict[object, Range] = {}
 
     def of(place: str) -> Range:
         ends = calibrated.ranges[place]
-        return shared.setdefault(ends, Range(*ends))
+        return shared.setdefault(place if place.endswith("softmax") else ends, Range(*ends))  # of several, the highest value may be 1
 
     def learns(name: str, module: nn.Module, rounded: Sequence[nn.Module]) -> nn.Module:
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(type(each) is not type(module) for each in rounded):
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(not isinstance(each, nn.Linear | nn.Conv2d) for each in rounded):
             static = [each for each in rounded if isinstance(each, StaticLayer)]
             answers = any(each.output is not None for each in static)
             return LearnedLayer(module, of(f"{name}.input") if static else None, of(f"{name}.output") if answers else None)
         if isinstance(module, Point) and any(isinstance(each, RoundedPoint) for each in rounded):
             return LearnedPoint(of(name))
-        return rounded[0] if isinstance(module, Constant) else module
+        return IntegerConstant(module.value) if isinstance(module, Constant) else module
 
     for name, module in list(student.named_modules()):
         parent, _, child = name.rpartition(".")

@@ -5,8 +5,8 @@ How the range of a place follows from what was seen there (`RangeMethod`):
 - minmax: the extremes.
 - average: the mean over images of each image's extremes (NNCF's default).
 - percentile: what 99.99 % of the values lie in.
-- mse: the range of least squared error of rounding, each end searched for itself. `int8_ptq` has it: where all scales are static, 2 to 4 dB
-  better than the extremes, the more the rarer a calibration image is (benchmarks/NOTES.md).
+- mse: the range of least squared error of rounding, each end searched for itself, down to a fifth of what was seen. `int8_ptq` has it:
+  where all scales are static, 2 to 4 dB better than the extremes, the more the rarer a calibration image is (benchmarks/NOTES.md).
 - entropy: the range whose rounded distribution has the least Kullback-Leibler divergence (TensorRT, "8-bit inference", 2017).
 
 The last three work on a histogram of 2,048 bins, which takes a second pass over the images.
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Point
-from gcvit_edge.quantization.watch import watching
+from gcvit_edge.quantization.watch import show, watching
 from gcvit_edge.recipe import RangeMethod
 
 Ranges = dict[str, tuple[float, float]]
@@ -52,7 +52,7 @@ def observe(deployed: nn.Module, images: Images, method: RangeMethod = "minmax",
 
     with watched(deployed, note, places):
         for image in images():
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     if method == "average":
         return {place: (float(np.mean(ends, 0)[0]), float(np.mean(ends, 0)[1])) for place, ends in extremes.items()}
     ranges = {place: (min(low for low, _ in ends), max(high for _, high in ends)) for place, ends in extremes.items()}
@@ -89,7 +89,7 @@ def _histograms(deployed: nn.Module, images: Images, ranges: Ranges) -> dict[str
 
     with watched(deployed, count, ranges):
         for image in images():
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     return {place: each.numpy() for place, each in counts.items()}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gcvit_edge.quantization.integers import GroupedWeight, HalfWeight, IntegerWeight
 from gcvit_edge.quantization.ranges import Images
-from gcvit_edge.quantization.watch import watching
+from gcvit_edge.quantization.watch import show, watching
 
 Dense = nn.Linear | nn.Conv2d
 Rounded = IntegerWeight | GroupedWeight | HalfWeight
@@ -41,7 +41,7 @@ def reconstruct(deployed: nn.Module, images: Images, grids: Grids) -> None:
 
     with watching(layers, add):
         for image in images():
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     for name, layer in layers.items():
         layer.weight.copy_(compensated(layer.weight, products[name], grids[name](layer.weight)))
 
@@ -60,7 +60,7 @@ def correct_biases(deployed: nn.Module, images: Images, grids: Grids) -> None:
 
     with watching(linears, add):
         for image in images():
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     for name, layer in linears.items():
         layer.bias.add_((layer.weight - grids[name](layer.weight)()) @ (sums[name] / rows[name]))
 

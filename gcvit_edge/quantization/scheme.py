@@ -4,13 +4,15 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
 from gcvit_edge.artifact import Precision
-from gcvit_edge.model.deploy import Constant, Point, Residual
+from gcvit_edge.model.deploy import Constant, Point, Residual, rewrite
+from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import (
@@ -27,8 +29,15 @@ from gcvit_edge.quantization.ranges import Ranges
 from gcvit_edge.quantization.rounding import Grid, Grids
 from gcvit_edge.recipe import Operator
 
-Rounding = tuple[frozenset[Operator], Arithmetic]
-"""What a runtime rounds, and how."""
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a runtime rounds, and how, of a network that is written as it wants it."""
+
+    operators: frozenset[Operator]
+    arithmetic: Arithmetic
+    form: Form = field(default_factory=Form)
+
 
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
@@ -134,7 +143,7 @@ def quantize(
 
     for name, module in list(quantized.named_modules()):
         parent_name, _, child = name.rpartition(".")
-        if child and name not in keep:
+        if child and name not in keep and parent_name not in keep:
             parent = quantized.get_submodule(parent_name)
             setattr(parent, child, treated(name, module, parent))
     return quantized
@@ -143,9 +152,18 @@ def quantize(
 def places_with_ranges(deployed: nn.Module, runtimes: Sequence[Rounding], precision: Precision = "int8") -> frozenset[str]:
     """The places that any of these runtimes rounds with a scale of calibration."""
     asked: Ranges = defaultdict(lambda: (-1.0, 1.0))  # which keeps what it was asked for
-    for operators, arithmetic in runtimes:
-        quantize(deployed, operators, arithmetic, asked, precision)
+    for runtime in runtimes:
+        quantize(rewrite(deployed, runtime.form), runtime.operators, runtime.arithmetic, asked, precision)
     return frozenset(asked)
+
+
+def roundable_layers(deployed: nn.Module, operators: Collection[Operator], precision: Precision) -> frozenset[str]:
+    """Names of what `quantize` may round, of those that `layer_names` gives: some runtimes round less."""
+    points = {
+        name for name, module in deployed.named_modules()
+        if ("attention" in operators and isinstance(module, Point)) or ("residual" in operators and isinstance(module, Residual))
+    }  # fmt: skip
+    return frozenset(weight_grids(deployed, operators, precision)) | points
 
 
 def _is_worth_it(name: str, conv: nn.Conv2d) -> bool:

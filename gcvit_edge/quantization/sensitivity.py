@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gcvit_edge.cache import Measurements
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.parity import finite_db
-from gcvit_edge.model.deploy import Point
 from gcvit_edge.model.deploy.parts import State, parts
 from gcvit_edge.progress import Advance
+from gcvit_edge.quantization.keep import layer_names
 from gcvit_edge.quantization.watch import watching
 
 Image = NDArray[np.float32]
@@ -26,11 +26,12 @@ Kind = Literal["alone", "without"]
 
 
 def rounded_layers(network: nn.Module, quantized: nn.Module) -> list[str]:
-    """Names of the layers and points that `quantized` has in integers, in the order of the network."""
-    return [
-        name for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | Point) and type(quantized.get_submodule(name)) is not type(module)
-    ]  # fmt: skip
+    """Names of the layers (`layer_names`) that `quantized` has in integers, in the order of the network."""
+
+    def kinds(layer: nn.Module) -> list[type[nn.Module]]:
+        return [type(module) for module in layer.modules()]
+
+    return [name for name in layer_names(network) if kinds(network.get_submodule(name)) != kinds(quantized.get_submodule(name))]
 
 
 @torch.no_grad()
@@ -99,7 +100,8 @@ def _put(network: nn.Module, name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, int]:
-    """Multiplications of one inference by layer; of points, the numbers that they round. image: (1, C, H, W)."""
+    """Multiplications of one inference by layer; of points, the numbers that they round. image: (1, C, H, W). A point is called more than
+    once where a runtime needs it so, for the same numbers."""
     counted: dict[str, int] = {}
 
     modules = {name: network.get_submodule(name) for name in names}
@@ -107,7 +109,7 @@ def work(network: nn.Module, names: Sequence[str], image: Image) -> dict[str, in
     def count(name: str, x: Tensor, y: Tensor) -> None:
         module = modules[name]
         each = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else 1
-        counted[name] = counted.get(name, 0) + y.numel() * each
+        counted[name] = max(counted.get(name, 0), y.numel() * each)
 
     with watching(modules, count):
         network(torch.from_numpy(image))

@@ -26,7 +26,7 @@ from gcvit_edge.model.deploy import Attention, Block, Downsample, MBConv, RMSNor
 from gcvit_edge.model.deploy.folding import scale_rows
 from gcvit_edge.quantization.channels import IMAGES, rows, scales
 from gcvit_edge.quantization.integers import Affine, IntegerWeight
-from gcvit_edge.quantization.watch import watching
+from gcvit_edge.quantization.watch import show, watching
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.65, 0.8, 1.0)
 ROWS = 2048  # of activations that a strength is judged by
@@ -111,7 +111,7 @@ def _observed(deployed: nn.Module, found: Sequence[Place], images: Sequence[NDAr
 
     with watching({place.name: place.readers[0] for place in found}, read):
         for image in images:
-            deployed(torch.from_numpy(image))
+            show(deployed, image)
     return _Seen({name: torch.cat(some) for name, some in parts.items()}, highest)
 
 

@@ -5,10 +5,24 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from gcvit_edge.measurement.accuracy import check_finite
 
 See = Callable[[str, Tensor, Tensor], None]
 """(name of the module, its input, its output)"""
+
+
+def show(network: nn.Module, image: NDArray[np.float32]) -> None:
+    """Runs a network on `image` (B, C, H, W) for the sake of what watches it.
+
+    Raises:
+        CheckFailed: its logits are not finite, so what was seen is not either.
+    """
+    check_finite(network(torch.from_numpy(image)).numpy())
 
 
 @contextmanager

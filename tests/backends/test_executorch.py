@@ -15,6 +15,7 @@ from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.keep import layer_names
 from gcvit_edge.quantization.layers import DynamicConv2d
 from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize
@@ -182,6 +183,24 @@ def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
     assert calls == 1
     assert len(products) == 2 * 6
     assert all("QS8" in each.operator and each.integer for each in products)
+
+
+@pytest.mark.slow
+def test_anything_that_can_stay_float_may(tmp_path: Path) -> None:
+    """Of an addition all of it: with its stream alone in float, the partitioner finds cycles."""
+    model = small_model()
+    operators = frozenset({"linear", "conv", "attention", "residual"})
+    deployed = rewrite(deploy(model), backend.form(operators))
+    ranges = observe(deployed, lambda: iter(IMAGES))
+    block = "stages.0.blocks.1"
+    kept = {f"{block}.{name}" for name in ("residual1", "attention.scores", "attention.q", "fc2")}
+    kept |= {f"stages.1.blocks.0.{name}" for name in ("residual2", "attention.softmax", "attention.value")}
+    assert kept <= set(layer_names(deployed))
+    quantized = quantize(deployed, operators, backend.arithmetic(operators), ranges, keep=kept)
+    (file,) = backend.save(backend.capture(quantized, torch.zeros(1, 3, *model.config.img_size)), tmp_path / "x.pte", describe_model(model))
+    with torch.no_grad():
+        simulated = quantized(torch.from_numpy(IMAGES[0])).numpy()
+    assert sqnr_db(backend.load(file, 1)(IMAGES[0]), simulated) > 20
 
 
 def test_what_is_no_etdump_is_refused(small_float: Lowered, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def made(tiny: Tiny, made_once: Callable[..., Path]) -> tuple[Path, subprocess.C
 
     def make(folder: Path) -> None:
         (folder / "current").mkdir()
-        done = gcvit("quantize", *own(tiny), "--keep-float", "-o", "bundle", "--threads", 1, "--json", cwd=folder / "current")
+        done = gcvit("quantize", *own(tiny), "--with-float", "-o", "bundle", "--threads", 1, "--json", cwd=folder / "current")
         (folder / "done.json").write_text(json.dumps(vars(done), default=str))
 
     folder = made_once("cli", make)

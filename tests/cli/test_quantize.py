@@ -110,6 +110,9 @@ def test_quantize_refuses_a_broken_recipe(command: Command, tiny: Tiny, tmp_path
     (tmp_path / "mine.yaml").write_text("name: mine\ndescription: x\ncalibraton: {images: 5}\n")
     message = command.refuses("quantize", *without(own(tiny), "--recipe"), "--recipe", "mine.yaml")
     assert "unknown key 'calibraton'; did you mean 'calibration'?" in message
+    (tmp_path / "mine.yaml").write_text('name: mine\ndescription: x\nkeep_float: [head, "*.softmax"]\n')
+    message = command.refuses("quantize", *without(own(tiny), "--recipe"), "--recipe", "mine.yaml")
+    assert "keep_float: '*.softmax' is nothing that linear, conv in int8 would round; leave it out" in message
 
 
 def test_quantize_refuses_images(command: Command, tiny: Tiny, tmp_path: Path) -> None:

@@ -116,6 +116,19 @@ def test_a_signal_that_a_library_swallows_ends_the_next_step(
     assert command("recipes", "list").code == 0
 
 
+def test_a_signal_while_a_class_is_made(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As modules do that are imported; Python says that `__set_name__` failed then."""
+
+    class Interrupted:
+        def __set_name__(self, *_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("gcvit_edge.cli.recipes.run", lambda *_: type("Made", (), {"attribute": Interrupted()}))
+    outcome = command("recipes", "list")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert "interrupted; nothing was written" in outcome.err
+
+
 def test_a_hangup_that_is_ignored_stays_so(command: Command) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     assert command("recipes", "list").code == 0

@@ -148,7 +148,7 @@ def test_verdict_without_integers() -> None:
 
 def test_verdict_of_one_profile_alone() -> None:
     alone = summary(0, 8, 0, 5)
-    assert "keep-float" in verdict("int8", alone, None)[-1]
+    assert "--with-float" in verdict("int8", alone, None)[-1]
     for name in ("float", "mine.etdump"):
         assert verdict(name, alone, None)[-1] == "There is no second profile to compare it with."
 
@@ -169,7 +169,7 @@ def test_profile_of_several_precisions_without_float(bundle: Bundle, monkeypatch
     monkeypatch.setattr(Bundle, "artifacts", artifacts)
     report = profile_bundle(bundle, "onnx", 1, None, Steps())
     assert list(report["profiles"]) == ["int8", "w4a8"]
-    assert "keep-float" in report["verdict"][-1]
+    assert "--with-float" in report["verdict"][-1]
 
 
 def test_profile_of_float_alone(bundle: Bundle) -> None:

@@ -76,3 +76,14 @@ def test_activations_that_overflow(tiny_model: GCViT) -> None:
         model.head.fc.weight.fill_(3e38)  # type: ignore[union-attr]
     with pytest.raises(CheckFailed, match="the float model gives logits that are not finite"):
         calibrated(model)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"smoothing": True}, {"rounding": "adaptive"}, {"bias_correction": True}, {"calibration": {"ranges": "mse"}}, {}]
+)
+def test_activations_that_overflow_in_one_of_many_images(tiny_model: GCViT, keys: dict[str, Any]) -> None:
+    """Not among the first, which are looked at before anything else."""
+    images = [*IMAGES, *IMAGES, np.full_like(IMAGES[0], np.inf), *IMAGES]
+    recipe = Recipe.model_validate({"name": "x", "description": "x"} | OFF | keys)
+    with pytest.raises(CheckFailed, match="the float model gives logits that are not finite"):
+        calibrate(tiny_model, recipe, lambda: iter(images))

@@ -1,5 +1,6 @@
 """Learned weights and ranges: the simulation rounds as what is exported does, and every artifact gets what was learned."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,21 @@ from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.lower import lower_quantized, rounding
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.quantization import sensitivity
 from gcvit_edge.quantization.arithmetic import Arithmetic, Signedness
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.quantization.integers import Affine, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.layers import RoundedPoint, StaticLayer
 from gcvit_edge.quantization.learned import LearnedLayer, LearnedPoint, Range, learnable, learned
-from gcvit_edge.quantization.scheme import quantize
+from gcvit_edge.quantization.scheme import Rounding, quantize
 from gcvit_edge.recipe import Operator, parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_qat"), "int8_qat")
 OPERATORS: frozenset[Operator] = frozenset({"linear", "conv"})
 RUNTIMES = [rounding(RECIPE, load_backend(name)) for name in backend_names()]
-STRICTEST = [(OPERATORS, Arithmetic(activations="int8", linear_output=True))]
+STRICTEST = [Rounding(OPERATORS, Arithmetic(activations="int8", linear_output=True))]
 IMAGES = np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)
 
 
@@ -56,6 +59,10 @@ def student(calibrated: Calibrated) -> nn.Module:
 @pytest.fixture(scope="module")
 def result(calibrated: Calibrated, student: nn.Module) -> Calibrated:
     return learned(calibrated, student)
+
+
+def rounded(calibrated: Calibrated, runtime: Rounding) -> nn.Module:
+    return quantize(rewrite(calibrated.network, runtime.form), runtime.operators, runtime.arithmetic, calibrated.ranges)
 
 
 def logits(network: nn.Module) -> np.ndarray:
@@ -134,7 +141,7 @@ def test_weights_get_the_gradient_of_the_rounded_ones() -> None:
 def test_training_starts_at_what_calibration_gave(calibrated: Calibrated) -> None:
     before = {name: value.clone() for name, value in calibrated.network.state_dict().items()}
     fresh = learnable(calibrated, STRICTEST)
-    np.testing.assert_array_equal(logits(fresh), logits(quantize(calibrated.network, *STRICTEST[0], calibrated.ranges)))
+    np.testing.assert_array_equal(logits(fresh), logits(rounded(calibrated, STRICTEST[0])))
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.add_(1)
@@ -160,7 +167,7 @@ def test_what_any_runtime_rounds_is_learned_and_nothing_else(calibrated: Calibra
 
 
 def test_points_learn_where_the_recipe_rounds_them(calibrated: Calibrated) -> None:
-    fresh = learnable(calibrated, [(frozenset({"linear", "attention"}), Arithmetic(activations="uint8"))])
+    fresh = learnable(calibrated, [Rounding(frozenset({"linear", "attention"}), Arithmetic(activations="uint8"))])
     points = [name for name, module in fresh.named_modules() if isinstance(module, LearnedPoint)]
     assert len(points) == 6 * 4
     with torch.no_grad():
@@ -171,6 +178,31 @@ def test_points_learn_where_the_recipe_rounds_them(calibrated: Calibrated) -> No
     for name in points:
         low, high = calibrated.ranges[name]
         assert after[name] == pytest.approx((min(low, 0) * np.exp(-1), max(high, 0) * np.exp(-1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_what_a_runtime_rounds_with_attention_is_learned_and_nothing_else(calibrated: Calibrated, name: str) -> None:
+    """As its own form has it: 1x1 convolutions are linears in some, whose kernels are others."""
+    recipe = RECIPE.model_copy(update={"operators": ("linear", "conv", "attention")})
+    runtime = rounding(recipe, load_backend(name))
+    found = {}
+    for network in (rounded(calibrated, runtime), learnable(calibrated, [runtime])):
+        static = {name: each for name, each in network.named_modules() if isinstance(each, StaticLayer | LearnedLayer) and each.input}
+        found[len(found)] = (
+            set(static), {name for name, each in static.items() if each.output},
+            {name for name, each in network.named_modules() if isinstance(each, RoundedPoint | LearnedPoint)},
+        )  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0][2]) >= 6 * 4
+
+
+def test_ranges_of_softmaxes_are_learned_alone(calibrated: Calibrated) -> None:
+    """Of several the highest value is 1, which makes them no tensor that is read twice."""
+    ends = dict.fromkeys((place for place in calibrated.ranges if place.endswith("softmax")), (0.0, 1.0))
+    fresh = learnable(
+        dataclasses.replace(calibrated, ranges=calibrated.ranges | ends), [Rounding(frozenset({"attention"}), STRICTEST[0].arithmetic)]
+    )
+    assert len({id(fresh.get_submodule(place).range) for place in ends}) == len(ends) == 6
 
 
 def test_what_is_read_together_has_one_range(student: nn.Module, result: Calibrated) -> None:
@@ -202,7 +234,7 @@ def test_the_integers_are_those_that_were_trained(calibrated: Calibrated) -> Non
         for parameter in fresh.parameters():
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     after = learned(calibrated, fresh)
-    np.testing.assert_array_equal(logits(quantize(after.network, *STRICTEST[0], after.ranges)), logits(fresh))
+    np.testing.assert_array_equal(logits(rounded(after, STRICTEST[0])), logits(fresh))
     assert sqnr_db(logits(fresh), logits(calibrated.network)) < 30
 
 
@@ -226,9 +258,11 @@ def test_artifacts_answer_as_the_simulation(backend: str, model: GCViT, calibrat
     run = runtime.load(artifact(backend, model, result, tmp_path), 1)
     answers = np.concatenate([run(image[None]) for image in IMAGES])
     rounds = rounding(RECIPE, runtime)
-    simulated = logits(quantize(result.network, *rounds, result.ranges))
-    assert sqnr_db(answers, simulated) > 30
+    simulated = sensitivity.logits(
+        rounded(result, rounds), list(IMAGES[:, None])
+    )
+    assert sqnr_db(answers, simulated) > 45
     if backend != "onnx":  # which finds all scales when it runs
-        recalibrated = logits(quantize(result.network, *rounds, calibrated.ranges))
+        recalibrated = sensitivity.logits(rounded(dataclasses.replace(result, ranges=calibrated.ranges), rounds), list(IMAGES[:, None]))
         assert sqnr_db(answers, simulated) > sqnr_db(answers, recalibrated) + 6  # with the calibrated ranges it would be another network
     assert sqnr_db(answers, logits(deploy(model))) < 25  # far from float: what was learned here is not what float computes

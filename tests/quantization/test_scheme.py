@@ -32,7 +32,7 @@ from gcvit_edge.quantization.layers import (
     grouped_linear,
 )
 from gcvit_edge.quantization.ranges import Ranges, observe
-from gcvit_edge.quantization.scheme import places_with_ranges, quantize
+from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, quantize
 from gcvit_edge.recipe import Recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((8, 3, 64, 64), np.float32)]
@@ -239,10 +239,10 @@ def test_right_factors_are_symmetric_where_the_runtime_wants_it(model: nn.Module
 def test_only_what_is_rounded_with_fixed_scales_needs_a_range(model: nn.Module, ranges: Ranges) -> None:
     deployed, operators = deploy(model), frozenset({"linear", "conv"})
     dynamic = Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", conv="dynamic")
-    assert places_with_ranges(deployed, [(operators, dynamic)]) == frozenset()
+    assert places_with_ranges(deployed, [Rounding(operators, dynamic)]) == frozenset()
     mlp = dataclasses.replace(dynamic, mlp="static", linear_output=True)
     fixed = {f"{name}.{end}" for name in kinds(deployed, nn.Linear) if name.endswith(("fc1", "fc2")) for end in ("input", "output")}
-    assert places_with_ranges(deployed, [(operators, dynamic), (operators, mlp)]) == fixed
+    assert places_with_ranges(deployed, [Rounding(operators, dynamic), Rounding(operators, mlp)]) == fixed
     assert len(fixed) == 6 * 2 * 2
     assert observe(deployed, lambda: iter(IMAGES), places=fixed) == {place: ends for place, ends in ranges.items() if place in fixed}
     for method in ("minmax", "mse"):
@@ -254,7 +254,7 @@ def test_only_what_is_rounded_with_fixed_scales_needs_a_range(model: nn.Module, 
 @pytest.mark.parametrize("backend", ["executorch", "openvino", "onnx"])
 @pytest.mark.parametrize("operator", ["linear", "conv"])
 def test_one_by_one_convolutions_are_convolutions_in_every_form(operator: Any, backend: str, model: GCViT) -> None:
-    recipe = Recipe(name="one", description="of them", operators=(operator,), rounding="adaptive", calibration={"images": 8})
+    recipe = Recipe(name="one", description="of them", operators=(operator,), rounding="adaptive")
     calibrated = calibrate(model, recipe, lambda: iter(IMAGES))
     quantized, plain = simulate(backend, calibrated, recipe), written(backend, calibrated, recipe)
     changed = {name for name, module in plain.named_modules() if type(module) is not type(quantized.get_submodule(name))}

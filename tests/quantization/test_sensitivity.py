@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from gcvit_edge.backends import backend_names
 from gcvit_edge.cache import Measurements
 from gcvit_edge.lower import simulate, written
 from gcvit_edge.measurement.accuracy import sqnr_db
@@ -17,6 +18,7 @@ from gcvit_edge.quantization.sensitivity import exchange, exchanged, logits, rou
 from gcvit_edge.recipe import Recipe, parse_recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
+OPERATORS = "linear, conv, attention, residual"
 LAYERS = ["stages.0.downsample.reduction", "stages.1.blocks.1.attention.k", "stages.2.global_query.blocks.0.pointwise", "head"]
 
 
@@ -104,3 +106,21 @@ def test_work_counts_multiplications(networks: tuple[nn.Module, nn.Module]) -> N
     assert counted["head"] == 8 * 128
     assert counted["stages.0.downsample.reduction"] == 16 * 16 * 16 * 16 * 9  # positions, channels out, in, kernel
     assert counted["stages.1.blocks.1.attention.k"] == 8 * 8 * 32 * 32
+
+
+@pytest.mark.parametrize("backend", backend_names())
+def test_work_of_points_is_what_they_round(calibrated: Calibrated, backend: str) -> None:
+    """However often a runtime needs them to be called."""
+    attention = "stages.0.blocks.0.attention"
+    network = written(backend, calibrated, parse_recipe(f"name: x\ndescription: x\noperators: [{OPERATORS}]\n", "x"))
+    counted = work(network, [f"{attention}.{point}" for point in ("query", "key", "value", "softmax")], IMAGES[0])
+    tokens, window = 16 * 16, 2 * 2
+    assert list(counted.values()) == [tokens * 16] * 3 + [tokens * window]
+
+
+def test_an_addition_to_the_stream_is_one_layer(make_model: Callable[..., GCViT]) -> None:
+    wanted = parse_recipe(f"name: x\ndescription: x\noperators: [{OPERATORS}]\n", "x")
+    result = calibrate(make_model(), wanted, lambda: iter(IMAGES))
+    names = rounded_layers(written("onnx", result, wanted), simulate("onnx", result, wanted))
+    assert "stages.0.blocks.0.residual1" in names
+    assert not [name for name in names if ".residual1." in name or ".residual2." in name]

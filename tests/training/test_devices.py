@@ -15,6 +15,7 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.learned import learnable
+from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Operator, Recipe
 from gcvit_edge.training.optimization import objective
 from gcvit_edge.training.settings import TrainSettings
@@ -39,7 +40,9 @@ def network(model: GCViT) -> nn.Module:
 def student(model: GCViT) -> nn.Module:
     recipe = Recipe(name="tiny", description="")  # type: ignore[call-arg]
     images = torch.randn(4, 1, 3, 32, 32).numpy()
-    return learnable(calibrate(model, recipe, lambda: iter(images)), [(OPERATORS, Arithmetic(activations="int8", linear_output=True))])
+    return learnable(
+        calibrate(model, recipe, lambda: iter(images)), [Rounding(OPERATORS, Arithmetic(activations="int8", linear_output=True))]
+    )
 
 
 @pytest.mark.parametrize("trained", [network, student])

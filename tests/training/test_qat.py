@@ -25,7 +25,7 @@ from gcvit_edge.training.loop import fit, make_accelerator
 from gcvit_edge.training.qat import FineTuning, fine_tune, groups, saved_in_cache
 from gcvit_edge.training.settings import QatSettings
 
-ROUNDING: Rounding = frozenset({"linear", "conv"}), Arithmetic(activations="int8", linear_output=True)
+ROUNDING = Rounding(frozenset({"linear", "conv"}), Arithmetic(activations="int8", linear_output=True))
 Tune = Callable[..., tuple[Calibrated, dict[str, Any]]]
 
 
@@ -64,7 +64,7 @@ def tune(model: GCViT, calibrated: Calibrated, colours: LabelledImages, tmp_path
 
 def noise(result: Calibrated, model: GCViT, images: Tensor) -> float:
     """SQNR of what is deployed, in dB against float."""
-    deployed = quantize(result.network, *ROUNDING, result.ranges)
+    deployed = quantize(result.network, ROUNDING.operators, ROUNDING.arithmetic, result.ranges)
     with torch.no_grad():
         return sqnr_db(deployed(images).numpy(), model(images).numpy())
 

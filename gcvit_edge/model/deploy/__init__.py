@@ -10,8 +10,8 @@ Exact rewrites (same logits up to float rounding), each for a reason:
 - The layers that write what a LayerNorm reads are centred over channels, so every LayerNorm becomes an RMS norm: half the work.
 - q, k and v are three linears; the attention scale is folded into q (local) or k (global); the affine of LayerNorm into
   the linears behind it; layer scale into proj and fc2; the relative position bias is a constant.
-- The global query is never mixed up between images; written as products, it is multiplied with the keys of all windows of its
-  image in one product, never tiled.
+- The global query is never mixed up between images; where it is faster (`Form`), one product has the keys of all windows of its
+  image, so that it is not repeated for every window.
 
 The form is built once, in the way that `Form()` says, which is the one that quantization works on: weights are changed and ranges
 observed there. `rewrite` then writes it as each backend wants it, with the same weights and the same names of layers.
