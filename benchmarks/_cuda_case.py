@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from _random_network import random_network
 
 from gcvit_edge.measurement.parity import check_parity
-from gcvit_edge.model.create import create_model
-from gcvit_edge.model.gcvit import LayerScale
 from gcvit_edge.targets._pytorch_ways import compute_in, prepare
 from gcvit_edge.targets.cuda import WAYS, computed_in
 
@@ -22,12 +21,7 @@ COMPARED = 16  # images whose answers are checked
 
 def main() -> None:
     name, batch, (dtype_name, way), device = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(), sys.argv[4]
-    torch.manual_seed(0)
-    model = create_model(name)
-    for module in model.modules():  # at 1e-5, as they start, what linears compute would not show in the logits
-        if isinstance(module, LayerScale):
-            torch.nn.init.ones_(module.gamma)
-    model = model.to(device)
+    model = random_network(name).to(device)
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((batch, 3, *model.config.img_size), np.float32)).to(device)
     compute_in(["float32"])
     with torch.no_grad():

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from stock import stock_made_by
 from vs_stock import build, calibration_inputs, found, network
 
 from gcvit_edge.artifact import Artifact
-from gcvit_edge.backends import package_version
 from gcvit_edge.cache import digest, sources
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.lower import lower_quantized
@@ -40,7 +40,7 @@ FULL = "int8_ptq_full"
 
 def build_full(name: str, folder: Path, steps: Steps) -> Artifact:
     """Ours by the recipe `FULL`; not built again if `folder` has it, by the same sources, recipe and ExecuTorch."""
-    state = digest([sources(), Path(__file__).read_bytes(), recipe_text(FULL), f"executorch {package_version('executorch')}"])[:8]
+    state = digest([sources(), recipe_text(FULL), stock_made_by()])[:8]
     output = folder / f"{name}-{FULL}-{state}"
     if not output.exists():
         with steps.step(f"our {FULL}"):

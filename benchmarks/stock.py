@@ -88,6 +88,7 @@ def stock_model(name: str, model: GCViT) -> torch.nn.Module:
 
 
 def stock_made_by() -> str:
-    """Digest of what decides the stock artifacts, beside weights and images: this file, and the tools' versions."""
+    """Digest of what decides the stock artifacts, beside weights and images: these programs, and the tools' versions."""
     tools = ("torch", "timm", "executorch", "torchao", "onnx", "onnxruntime", "openvino", "nncf")
-    return digest([Path(__file__).read_bytes(), *(f"{tool} {package_version(tool)}" for tool in tools)])
+    programs = (file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    return digest([*programs, *(f"{tool} {package_version(tool)}" for tool in tools)])

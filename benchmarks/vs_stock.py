@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _random_network import random_network
 from rich.console import Console
 from rich.table import Table
 from stock import STOCK, stock_made_by, stock_model
@@ -58,8 +59,7 @@ def network(name: str, img_size: int | None) -> tuple[GCViT, ModelInfo]:
     """The sample's weights where they fit, else random ones: speed does not depend on them."""
     if name == SAMPLE_MODEL and img_size in (None, variant_config(name).img_size[0]):
         return load_model(str(sample_weights(name)))
-    torch.manual_seed(0)
-    model = create_model(name, img_size=img_size)
+    model = random_network(name, img_size)
     return model, describe_model(model)
 
 
@@ -73,7 +73,7 @@ def build(name: str, img_size: int | None, folder: Path, steps: Steps, runtimes:
     """(form, artifact) of both ways, float and INT8, in these runtimes; what `folder` has already of this model, by the same sources and
     versions, is not built again."""
     model, info = network(name, img_size)
-    state = digest([sources(), Path(__file__).read_bytes(), recipe_text("int8_ptq"), stock_made_by()])[:8]
+    state = digest([sources(), recipe_text("int8_ptq"), stock_made_by()])[:8]
     folder = folder / f"{name}-{model.config.img_size[0]}-{model.config.num_classes}-{state}"
     folder.mkdir(exist_ok=True)
     theirs = stock_model(name, model)

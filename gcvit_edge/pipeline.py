@@ -255,6 +255,8 @@ def _entry(
         "within_limits": accuracy.drop_points <= limits.max_drop and accuracy.agreement >= limits.min_agreement,
         **after.report(),
         "float_latency_ms": before.report()["latency_ms"],
+        "float_spread": round(before.spread, 3),
+        "float_noisy": before.noisy,
         "float_load_ms": round(before.load_ms, 1),
         "float_peak_rss_mb": round(before.peak_rss_mb, 1),
         "speedup": round(before.percentile(50) / after.percentile(50), 3),

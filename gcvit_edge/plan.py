@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,23 +249,33 @@ def _resolve_model(
 
     if isinstance(model, str):
         variant_config(model)  # an unknown name is reported before anything else
-    folders = sorted(set(evaluation.classes))
+    by_folder = partial(_labels_of_folders, evaluation)
     if model is not None and not isinstance(model, str):
         if weights is not None or num_classes is not None:
             raise UserError("weights and num_classes are for models by name; the network that was given has its own, so leave them out")
         if model.head is None:
             raise UserError("the network has no classifier head; quantization needs one, so create it with num_classes > 0")
         _check_weights(model)
-        by_folder = Labels.of(folders) if len(folders) == model.config.num_classes else None
-        return model, describe_model(model, labels or by_folder, preprocessing)
+        return model, describe_model(model, labels or by_folder(model.config.num_classes), preprocessing)
     if weights is None:
         weights = sample_weights(model)
-    network, info = load_model(str(weights), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing)
-    unnamed = info.labels == Labels.of(str(index) for index in range(network.config.num_classes))
-    if unnamed and len(folders) == network.config.num_classes:
-        # no names anywhere: the order of the folders, as torchvision's ImageFolder has it
-        info = info.model_copy(update={"labels": Labels.of(folders)})
-    return network, info
+    return load_model(str(weights), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing, unnamed=by_folder)
+
+
+def _labels_of_folders(images: ImageFolder, classes: int) -> Labels | None:
+    """Where there are no names anywhere: the folders in their order, as torchvision's ImageFolder has it, if they are as many as classes.
+
+    Raises:
+        UserError: the folders are numbers, whose own order is another.
+    """
+    folders = sorted(set(images.classes))
+    numbers = [str(index) for index in range(classes)]
+    if folders != numbers and folders == sorted(numbers):
+        raise UserError(
+            f"the folders of {images.root} are the numbers of classes, and nothing says whether class 2 of the network is folder 2 or, as "
+            f"for torchvision's ImageFolder, folder {folders[2]}; give --labels FILE with a folder a line, in the order of the logits"
+        )
+    return Labels.of(folders) if len(folders) == classes else None
 
 
 def _check_weights(network: "GCViT") -> None:

@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.cli import Result
     from gcvit_edge.export import export_float
     from gcvit_edge.progress import Steps
-    from gcvit_edge.report.table import timing_table
+    from gcvit_edge.report.table import noise_warnings, timing_table
 
     bundle = export_float(
         **model_options(arguments), backends=arguments.backends, output=arguments.output, threads=arguments.threads,
         force=arguments.force, zip=arguments.zip, steps=Steps(errors),
     )  # fmt: skip
     table = timing_table(f"{bundle.info.name}, float", bundle.report["artifacts"])
-    return Result(bundle.report | {"bundle": str(bundle.path)}, [table, f"bundle: {bundle.path}"])
+    return Result(bundle.report | {"bundle": str(bundle.path)}, [table, *noise_warnings(bundle.report), f"bundle: {bundle.path}"])

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.search import search_lines
-    from gcvit_edge.report.table import epochs_table, results_table, seconds_table
+    from gcvit_edge.report.table import epochs_table, noise_warnings, results_table, seconds_table
 
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         )
     training = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     skipped = skipped_lines(report["skipped_images"])
-    tables = [*training, results_table(report), *search_lines(report), seconds_table(report["seconds"])]
+    tables = [*training, results_table(report), *noise_warnings(report), *search_lines(report), seconds_table(report["seconds"])]
     shown = [*tables, *skipped, f"bundle: {job.output}"]
     return Result(report | {"bundle": str(job.output)}, shown, error)
 

@@ -44,7 +44,8 @@ class Mode:
 
 
 QUICK = Mode("quick", min_runs=150, min_seconds=0, runs_a_turn=5, together=True, score=50)
-# As the single stream of MLPerf Inference (LoadGen): a query when the last one ended, at least 1,024 and 60 s, the 90th percentile.
+# As the single stream of MLPerf Inference (LoadGen): a query when the last one ended, at least 1,024, and the 90th percentile; 60 s where
+# its rules ask for 600.
 SINGLE_STREAM = Mode("single-stream", min_runs=1024, min_seconds=60, runs_a_turn=32, together=False, score=90)
 MODES = {mode.name: mode for mode in (QUICK, SINGLE_STREAM)}
 
@@ -77,6 +78,9 @@ class Timing:
             "first_ms": round(self.first_ms, 2),
             "latency_ms": {f"p{q}": round(self.percentile(q), 3) for q in (50, 90, 99)},
             "timed_runs": len(self.samples),
+            "spread": round(self.spread, 3),
+            "noisy": self.noisy,
+            "stable": self.stable,
             "threads": self.threads,
             "peak_rss_mb": round(self.peak_rss_mb, 1),
             "runtime_rss_mb": round(self.runtime_rss_mb, 1),
@@ -107,7 +111,10 @@ def warm_up(session: Session, image: "NDArray[np.float32]") -> tuple[int, bool]:
 def time_sessions(
     sessions: Sequence[Session], image: "NDArray[np.float32]", threads: int, mode: Mode, advance: Callable[[], object]
 ) -> list[Timing]:
-    """Times fresh sessions on `image` (1, C, H, W) in turns, whatever `mode.together` says. Calls `advance` after each turn."""
+    """Times fresh sessions on `image` (1, C, H, W) in turns, whatever `mode.together` says. Calls `advance` after each turn.
+
+    After a pause, an inference takes up to a quarter longer than the next one, so the first of a turn is not timed.
+    """
     first = [session.time(image, 1).ms[0] for session in sessions]
     warmed = [warm_up(session, image) for session in sessions]
     samples: list[list[float]] = [[] for _ in sessions]
@@ -117,6 +124,7 @@ def time_sessions(
         for index in list(unfinished):
             if len(sessions) > 1:
                 time.sleep(_SETTLE_SECONDS)
+                sessions[index].time(image, 1)
             timed = sessions[index].time(image, mode.runs_a_turn)
             samples[index] += timed.ms
             joules[index].append(timed.joules)

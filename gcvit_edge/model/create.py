@@ -1,5 +1,6 @@
 """Making models: `create_model` for a bare network, `load_model` for one with its labels and preprocessing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,13 @@ def load_model(
     num_classes: int | None = None,
     labels: Labels | None = None,
     preprocessing: Preprocessing | None = None,
+    unnamed: Callable[[int], Labels | None] = lambda classes: None,
 ) -> tuple[GCViT, ModelInfo]:
     """A trained classifier with all that travels with it; what is not given is read off the checkpoint.
 
     The variant is recognised from the tensors; `name` says which is expected, or asks for one of another input size. Labels come from the
-    checkpoint, else they are the class numbers. The preprocessing comes from the checkpoint, else it is that of timm (crop 0.875) or, for
-    NVlabs' files, of NVlabs' training.
+    checkpoint, else from `unnamed` for this number of classes, else they are the class numbers. The preprocessing comes from the
+    checkpoint, else it is that of timm (crop 0.875) or, for NVlabs' files, of NVlabs' training.
 
     Raises:
         UserError: as `create_model`; or labels that do not match the number of classes; or no head.
@@ -92,7 +94,8 @@ def load_model(
     model = _build(config, checkpoint, weights, keep_classes=num_classes is not None)
     if not model.config.num_classes:
         raise UserError(f"checkpoint {weights} has no classifier head; quantization needs one")
-    return model, _describe(model.config, labels or checkpoint.labels, preprocessing or checkpoint.preprocessing, checkpoint.origin)
+    labels = labels or checkpoint.labels or unnamed(model.config.num_classes)
+    return model, _describe(model.config, labels, preprocessing or checkpoint.preprocessing, checkpoint.origin)
 
 
 def describe_model(model: GCViT, labels: Labels | None = None, preprocessing: Preprocessing | None = None) -> ModelInfo:

@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.measurement.result import Report, Result, Run
+from gcvit_edge.report.table import noisy
 
 
 def benchmark_table(report: Report) -> Table:
@@ -90,10 +91,7 @@ def warnings(report: Report) -> list[str]:
     for run in report.runs:
         for result in run.results:
             if result.latency and result.latency.noisy:
-                lines.append(
-                    f"warning: {run.device}: {result.name}: noisy, one inference in ten takes {result.latency.spread:.0%} longer "
-                    "than the median; end other programs, or let the device cool, and measure again"
-                )
+                lines.append(f"warning: {run.device}: {result.name}: {noisy(result.latency.spread)}")
             elif result.latency and not result.latency.stable:
                 lines.append(f"warning: {run.device}: {result.name}: still not stable after {result.latency.warm_up_runs} warm-up runs")
     return lines

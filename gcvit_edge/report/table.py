@@ -38,6 +38,22 @@ def results_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def noisy(spread: float) -> str:
+    """What to say of a timing whose spread is past the limit."""
+    longer = f"noisy, one inference in ten takes {spread:.0%} longer than the median"
+    return f"{longer}; end other programs, or let the device cool, and measure again"
+
+
+def noise_warnings(report: dict[str, Any]) -> list[str]:
+    """What makes the times of a report doubtful, a line each."""
+    lines = []
+    for entry in report["artifacts"]:
+        for precision, prefix in ((entry["precision"], ""), ("float", "float_")):
+            if entry.get(f"{prefix}noisy"):
+                lines.append(f"warning: {entry['backend']}.{precision}: {noisy(entry[f'{prefix}spread'])}")
+    return lines
+
+
 def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
     """Latency, load time and memory of artifacts."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)

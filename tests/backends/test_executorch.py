@@ -193,7 +193,7 @@ def test_anything_that_can_stay_float_may(tmp_path: Path) -> None:
     deployed = rewrite(deploy(model), backend.form(operators))
     ranges = observe(deployed, lambda: iter(IMAGES))
     block = "stages.0.blocks.1"
-    kept = {f"{block}.{name}" for name in ("residual1", "attention.scores", "attention.q", "fc2")}
+    kept = {f"{block}.{name}" for name in ("residual1", "attention.scores", "attention.k", "fc2")}
     kept |= {f"stages.1.blocks.0.{name}" for name in ("residual2", "attention.softmax", "attention.value")}
     assert kept <= set(layer_names(deployed))
     quantized = quantize(deployed, operators, backend.arithmetic(operators), ranges, keep=kept)

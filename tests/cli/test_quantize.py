@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import GOLDEN, Command, own, without
 from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from gcvit_edge import create_model
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
+from gcvit_edge.model.checkpoint import save_checkpoint
+from gcvit_edge.model.create import describe_model
+from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.plan import plan
 
 
@@ -173,6 +177,30 @@ def test_networks_in_memory_are_checked(shape: dict[str, Any], arguments: dict[s
     model = create_model(**small | shape)
     with pytest.raises(UserError, match=message):
         plan(str(tiny.recipe), model, calib=tiny.calib, eval=tiny.evaluation, **arguments)
+
+
+def test_names_are_those_of_folders_where_there_are_no_others(tiny: Tiny, tmp_path: Path, make_model: Callable[..., GCViT]) -> None:
+    """Class numbers are names too if they were given, and no other order of the same numbers; without, the order is anybody's guess."""
+    for index in range(12):
+        for name in ("calib", "val"):
+            shutil.copytree(tiny.calib / CLASSES[index % len(CLASSES)], tmp_path / name / str(index))
+    model, numbers = make_model(num_classes=12), Labels.of(map(str, range(12)))
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    save_checkpoint(model, describe_model(model, numbers), tmp_path / "named.safetensors", half=False)
+    given = {"calib": tmp_path / "calib", "eval": tmp_path / "val", "output": tmp_path / "out"}
+    for weights, labels in [("plain.pth", numbers), ("named.safetensors", None)]:
+        job = plan("int8_ptq", weights=tmp_path / weights, labels=labels, **given)
+        assert job.info.labels == numbers
+        assert {int(Path(file).parts[0]) for file, found in zip(job.evaluation.files, job.classes, strict=True) if found == 2} == {2}
+    with pytest.raises(
+        UserError, match="class 2 of the network is folder 2 or, as for torchvision's ImageFolder, folder 10; give --labels"
+    ):
+        plan("int8_ptq", weights=tmp_path / "plain.pth", **given)
+    for name in ("calib", "val"):
+        for index in range(12):
+            (tmp_path / name / str(index)).rename(tmp_path / name / f"class {index}")
+    job = plan("int8_ptq", weights=tmp_path / "plain.pth", **given)
+    assert job.info.labels.names[:4] == ("class 0", "class 1", "class 10", "class 11")
 
 
 def test_quantize_refuses_folders_that_are_no_classes(command: Command, tiny: Tiny, tmp_path: Path) -> None:

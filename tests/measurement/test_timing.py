@@ -65,8 +65,15 @@ def test_artifacts_take_turns() -> None:
     turns: list[int] = []
     mode = Mode("quick", 4, 0, 2, True, 50)
     time_sessions([Scripted([1.0], log, "a"), Scripted([2.0], log, "b")], IMAGE, 1, mode, lambda: turns.append(1))
-    assert log[-4:] == [("a", 2), ("b", 2), ("a", 2), ("b", 2)]
+    assert log[-8:] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] * 2  # the first after a pause is no sample
     assert len(turns) == 4 == 2 * mode.turns
+
+
+def test_the_first_inference_after_a_pause_is_no_sample() -> None:
+    after_pauses = [100.0, *[9.0] * 10, *[12.0, 9.0, 9.0] * 4]
+    results = time_sessions([Scripted(after_pauses, []) for _ in range(2)], IMAGE, 1, Mode("quick", 8, 0, 2, True, 50), lambda: None)
+    assert [result.samples for result in results] == [(9.0,) * 8] * 2
+    assert not results[0].noisy
 
 
 def test_single_stream_needs_both_the_queries_and_the_time() -> None:

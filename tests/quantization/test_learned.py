@@ -258,9 +258,7 @@ def test_artifacts_answer_as_the_simulation(backend: str, model: GCViT, calibrat
     run = runtime.load(artifact(backend, model, result, tmp_path), 1)
     answers = np.concatenate([run(image[None]) for image in IMAGES])
     rounds = rounding(RECIPE, runtime)
-    simulated = sensitivity.logits(
-        rounded(result, rounds), list(IMAGES[:, None])
-    )
+    simulated = sensitivity.logits(rounded(result, rounds), list(IMAGES[:, None]))
     assert sqnr_db(answers, simulated) > 45
     if backend != "onnx":  # which finds all scales when it runs
         recalibrated = sensitivity.logits(rounded(dataclasses.replace(result, ranges=calibrated.ranges), rounds), list(IMAGES[:, None]))
