@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HELP = """latency, load time, memory and parity of a bundle's artifacts, here or on devices
 
 Each artifact runs in a fresh process and must reproduce its golden logits. Mode quick: 150 inferences, artifacts take turns.
-Mode single-stream: as in MLPerf, at least 1,024 inferences of each artifact, scored by the 90th percentile; 60 s, where MLPerf asks for 600.
+Mode single-stream: as in MLPerf, at least 1,024 inferences of each artifact, scored by the 90th percentile; 60 s, MLPerf: 600.
 
   gcvit-edge benchmark BUNDLE --threads 2
   gcvit-edge benchmark BUNDLE --mode single-stream --json > result.json
