@@ -31,6 +31,7 @@ from gcvit_edge.lower import lower_float, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
+from gcvit_edge.paths import written_whole
 from gcvit_edge.plan import plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
@@ -252,7 +253,8 @@ def main() -> None:
                 entries = [each for each in entries if each["row"] != row.name] + measure(row, bed, work)
                 entries.sort(key=lambda each: order.index(each["row"]))
                 if arguments.json:
-                    arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+                    with written_whole(arguments.json) as file:  # of hours, of which an interruption must not cost what was there
+                        file.write_text(json.dumps(entries, indent=2) + "\n")
     Console(width=160).print(show(entries))
 
 

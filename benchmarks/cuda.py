@@ -27,6 +27,7 @@ from rich.table import Table
 
 from gcvit_edge.cache import digest, sources
 from gcvit_edge.errors import unknown_name
+from gcvit_edge.paths import written_whole
 
 MODELS = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
 WAYS = (
@@ -109,7 +110,8 @@ def main() -> None:
         entries[key] = what | measure(model, batch, way, arguments.device) | {"made_by": made}
         print(line(entries[key]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+            with written_whole(arguments.json) as file:  # of hours, of which an interruption must not cost what was there
+                file.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
     here = [each for each in entries.values() if all(each[key] == value for key, value in place.items())]
     Console(width=140).print(show(here))
     if not all(entries[key].get("passed") for key in asked):

@@ -13,9 +13,10 @@ from gcvit_edge.errors import UserError
 # little cores of some boards have the higher clock), highest clock in kHz and the CPUs of its core
 CPUS_SCRIPT = r"""
 exec 2>/dev/null
-sed -n 's/^Cpus_allowed_list:[^0-9]*//p' /proc/self/status
+echo "$(sed -n 's/^Cpus_allowed_list:[^0-9]*//p' /proc/self/status)"
 cd /sys/devices/system/cpu || exit 0
 for cpu in cpu[0-9]*; do
+    [ -d "$cpu" ] || continue
     [ "$(cat $cpu/online)" = 0 ] && continue
     capacity=$(cat $cpu/cpu_capacity)
     khz=$(cat $cpu/cpufreq/cpuinfo_max_freq)

@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: install_adbd.sh FOLDER}")
 [ ! -e "$folder" ] || exit 0
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 'debian/\?$')  # as this machine is set up
+mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep 'debian/\?$' | sed -n 1p)  # as this machine is set up
 apt=$(mktemp -d)
 trap 'rm -rf "$apt"' EXIT
 mkdir -p "$apt"/{lists,cache/archives,etc/sources.list.d,etc/apt.conf.d,etc/preferences.d}

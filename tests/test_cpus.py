@@ -33,6 +33,7 @@ def test_siblings_of_a_core_come_last() -> None:
 
 def test_a_device_that_does_not_say() -> None:
     assert fastest_first("") == []
+    assert fastest_first("\n0 0 0 0\n1 0 0 1\n") == []  # where /proc does not say which CPUs are allowed
     assert fastest_first("0-1\n10 0 0 \n1 0 0 \n0 0 0 \n") == [0, 1]
 
 
@@ -48,6 +49,8 @@ def test_what_the_script_prints(tmp_path: Path) -> None:
         return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
 
     assert fastest_first(printed()) == []
+    (tmp_path / "cpu").mkdir()
+    assert printed().splitlines()[1:] == []  # a sandbox may have the folder, and nothing in it
     for cpu, khz in enumerate((1800000, 2400000, 0)):
         (tmp_path / f"cpu/cpu{cpu}/cpufreq").mkdir(parents=True)
         (tmp_path / f"cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq").write_text(f"{khz}\n")

@@ -53,6 +53,9 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}; download it again") from error
 
 
+_MODES = {"center": "shortest_edge", "squash": "squash"}  # by timm's crop_mode
+
+
 def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | None:
     """What `pretrained_cfg` of timm's config.json says, if it does.
 
@@ -64,10 +67,13 @@ def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | N
         return None
     try:
         size = tuple(timm["input_size"][1:])
+        crop = timm.get("crop_mode") or "center"
+        if crop not in _MODES:
+            raise ValueError(f"crop_mode is {crop!r}, and {' and '.join(_MODES)} are known")
         return Preprocessing(
             size=size,
             resize=int(max(size) / timm.get("crop_pct", 0.875)),
-            mode="squash" if timm.get("crop_mode") == "squash" else "shortest_edge",
+            mode=_MODES[crop],
             interpolation=timm.get("interpolation", "bicubic"),
             mean=timm["mean"],
             std=timm["std"],

@@ -89,6 +89,14 @@ def test_hub_squashed_crop(tiny_model, tmp_path, monkeypatch):
     assert (preprocessing.mode, preprocessing.size) == ("squash", (64, 64))
 
 
+def test_hub_crop_that_cannot_be_done(tiny_model, tmp_path, monkeypatch):
+    border = TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | {"crop_mode": "border"}}
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", border)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    with pytest.raises(UserError, match="cannot be done: crop_mode is 'border', and center and squash are known; give --preprocessing"):
+        _ = read_checkpoint("hf-hub:somebody/gcvit").preprocessing
+
+
 def test_hub_offline(monkeypatch):
     def offline(repo, **_):
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
