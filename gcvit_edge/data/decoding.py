@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gcvit_edge.data.folder import ImageFolder
 from gcvit_edge.data.preprocessing import Preprocessing, check_shape, upright_rgb
@@ -116,10 +116,13 @@ def decoder(root: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> 
 
     def decode(name: str) -> NDArray[np.uint8] | Undecodable:
         try:
-            with Image.open(root / name if archive is None else io.BytesIO(archive.read(name))) as image:
+            # opened here: a file that Pillow opens itself it may map into memory, and then TIFFs that EXIF turns have their sides swapped
+            with (root / name).open("rb") if archive is None else io.BytesIO(archive.read(name)) as file, Image.open(file) as image:
                 return convert(image)
         except MemoryError:
             raise
+        except UnidentifiedImageError:  # whose message is of the file object
+            return Undecodable("cannot identify image file")
         except Exception as error:  # a damaged file raises whatever its decoder stumbles over; one of thousands must not end the run
             return Undecodable(str(error) or type(error).__name__)
 
