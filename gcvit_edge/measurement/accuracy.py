@@ -17,15 +17,22 @@ _Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def hits(logits: Logits, labels: Classes, k: int) -> NDArray[np.bool_]:
-    """Whether each image's label is among its `k` highest logits. logits (N, classes), labels (N,)."""
-    k = min(k, logits.shape[1])
-    highest = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    return (highest == labels[:, None]).any(axis=1)
+    """Whether each image's label is among its `k` highest logits; of equal ones the first is the higher, as argmax has it. Logits that are
+    not all finite are no answer, and no hit. logits (N, classes), labels (N,)."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    higher = (logits > own) | ((logits == own) & earlier)
+    return (higher.sum(axis=1) < k) & np.isfinite(logits).all(axis=1)
 
 
 def agreement(logits: Logits, reference: Logits) -> float:
     """Fraction of images with the same top-1 class."""
-    return float((logits.argmax(1) == reference.argmax(1)).mean())
+    return float(_same_top1(logits, reference).mean())
+
+
+def _same_top1(logits: Logits, reference: Logits) -> NDArray[np.bool_]:
+    """Of each image; logits that are not all finite have no top-1 class."""
+    return hits(logits, reference.argmax(1), 1) & np.isfinite(reference).all(axis=1)
 
 
 def sqnr_db(logits: Logits, reference: Logits) -> float:
@@ -116,7 +123,7 @@ def compare(logits: Logits, reference: Logits, labels: Classes) -> Accuracy:
     classes = np.unique(labels)
     drops = [100 * float(before[labels == c].mean() - after[labels == c].mean()) for c in classes]
     worst = int(np.argmax(drops))
-    same = logits.argmax(1) == reference.argmax(1)
+    same = _same_top1(logits, reference)
     low, high = sqnr_interval(logits, reference)
     return Accuracy(
         top1=float(after.mean()),

@@ -56,6 +56,28 @@ def test_top_1_hits_are_argmax_and_grow_with_k() -> None:
     assert (hits(logits, labels, 5) >= hits(logits, labels, 1)).all()
 
 
+def test_of_equal_logits_the_first_is_the_higher() -> None:
+    """As argmax has it, with which agreement counts; few values in many classes, as of a network in INT8."""
+    generator = np.random.default_rng(0)
+    logits, labels = generator.integers(0, 3, (200, 40)).astype(np.float32), generator.integers(0, 40, 200)
+    np.testing.assert_array_equal(hits(logits, logits.argmax(1), 1), np.ones(200, bool))
+    order = np.argsort(-logits, 1, kind="stable")
+    for k in (1, 2, 5, 39):
+        np.testing.assert_array_equal(hits(logits, labels, k), (order[:, :k] == labels[:, None]).any(1))
+    assert agreement(logits, logits) == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_no_answer(value: float) -> None:
+    broken = LOGITS.copy()
+    broken[0, 1] = value
+    for label in range(4):
+        for k in (1, 4, 5):
+            assert hits(broken, np.array([label, 3, 1]), k).tolist() == [False, True, True]
+    assert agreement(broken, broken) == agreement(broken, LOGITS) == agreement(LOGITS, broken) == pytest.approx(2 / 3)
+    assert compare(broken, LOGITS, np.array([0, 3, 1])).agreement == pytest.approx(2 / 3)
+
+
 def test_agreement() -> None:
     other = LOGITS.copy()
     other[2] = [9, 0, 0, 0]
