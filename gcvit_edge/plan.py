@@ -102,7 +102,7 @@ def plan(
     check_apart("--calib", calib, eval, "quantized by says too little")
     train = _training_folder(parsed, sample, train, eval, device, resume)
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
-    network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, evaluation)
+    network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, calibration, evaluation)
     check_takes_rgb(network.config)
     if eval_images is not None:
         if eval_images < 1:
@@ -243,13 +243,14 @@ def _resolve_model(
     num_classes: int | None,
     labels: Labels | None,
     preprocessing: Preprocessing | None,
+    calibration: ImageFolder,
     evaluation: ImageFolder,
 ) -> "tuple[GCViT, ModelInfo]":
     from gcvit_edge.model.create import describe_model, load_model
 
     if isinstance(model, str):
         variant_config(model)  # an unknown name is reported before anything else
-    by_folder = partial(_labels_of_folders, evaluation)
+    by_folder = partial(_labels_of_folders, (evaluation, calibration))
     if model is not None and not isinstance(model, str):
         if weights is not None or num_classes is not None:
             raise UserError("weights and num_classes are for models by name; the network that was given has its own, so leave them out")
@@ -262,20 +263,25 @@ def _resolve_model(
     return load_model(str(weights), model, num_classes=num_classes, labels=labels, preprocessing=preprocessing, unnamed=by_folder)
 
 
-def _labels_of_folders(images: ImageFolder, classes: int) -> Labels | None:
-    """Where there are no names anywhere: the folders in their order, as torchvision's ImageFolder has it, if they are as many as classes.
+def _labels_of_folders(given: Sequence[ImageFolder], classes: int) -> Labels | None:
+    """Where there are no names anywhere: the folders in their order, as torchvision's ImageFolder has it, of the first of these that has
+    as many as there are classes.
 
     Raises:
         UserError: the folders are numbers, whose own order is another.
     """
-    folders = sorted(set(images.classes))
     numbers = [str(index) for index in range(classes)]
-    if folders != numbers and folders == sorted(numbers):
-        raise UserError(
-            f"the folders of {images.root} are the numbers of classes, and nothing says whether class 2 of the network is folder 2 or, as "
-            f"for torchvision's ImageFolder, folder {folders[2]}; give --labels FILE with a folder a line, in the order of the logits"
-        )
-    return Labels.of(folders) if len(folders) == classes else None
+    for images in given:
+        folders = sorted(set(images.classes))
+        if folders != numbers and folders == sorted(numbers):
+            raise UserError(
+                f"the folders of {images.root} are the numbers of classes, and nothing says whether class 2 of the network is folder 2 "
+                f"or, as for torchvision's ImageFolder, folder {folders[2]}; give --labels FILE with a folder a line, in the order of "
+                "the logits"
+            )
+        if len(folders) == classes:
+            return Labels.of(folders)
+    return None
 
 
 def _check_weights(network: "GCViT") -> None:
@@ -301,6 +307,7 @@ def describe_plan(job: Job) -> dict[str, Any]:
         "evaluation_images": len(job.evaluation.files),
         **({"training_images": len(job.tuning.data), "device": str(job.tuning.accelerator.device)} if job.tuning else {}),
         "backends": list(job.backends),
+        "max_drop": job.recipe.limits.max_drop,
         "output": str(job.output),
         "threads": job.threads,
     }

@@ -21,6 +21,7 @@ from gcvit_edge.bundle.manifest import (
     GOLDEN_INPUT,
     GOLDEN_PREPROCESSED,
     MANIFEST,
+    File,
     Manifest,
     golden_output,
     read_manifest,
@@ -95,16 +96,12 @@ class Bundle:
 
         Raises:
             UserError: the bundle has none of this backend.
-            CheckFailed: a file of it is missing, or of another size than it should be.
+            CheckFailed: a file of it is missing or was changed, of which runtimes say nothing that helps, or nothing at all.
         """
         artifact = self.artifact(backend)
-        sizes = {self.root / file.path: file.size_bytes for file in self.manifest.files}
-        for path in artifact.files:
-            found = path.stat().st_size if path.is_file() else 0
-            if found != sizes[path]:  # runtimes say nothing that helps; hashes are for `verify`, which takes longer
-                raise CheckFailed(
-                    f"{path.name} has {found} bytes, expected {sizes[path]}; get the bundle again (out of Git: with git lfs pull)"
-                )
+        for file in self.manifest.files:
+            if self.root / file.path in artifact.files:
+                self._verify_file(file)
         return load_backend(artifact.backend).load(artifact.path, threads or default_threads())
 
     def predict(self, images: list[Path], backend: str | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -171,16 +168,8 @@ class Bundle:
     def _verify_files(self) -> None:
         listed = {MANIFEST}
         for file in self.manifest.files:
-            path = self.root / file.path
             listed.add(file.path)
-            if not path.is_file():
-                raise CheckFailed(f"{file.path} is missing from the bundle; get the bundle again")
-            found = sha256(path)
-            if found != file.sha256:
-                raise CheckFailed(
-                    f"{file.path} was changed after the bundle was made: got {path.stat().st_size} bytes with sha256 {found[:12]}..., "
-                    f"expected {file.size_bytes} bytes with {file.sha256[:12]}...; get the bundle again"
-                )
+            self._verify_file(file)
         unlisted = {GOLDEN_INPUT, *(golden_output(artifact) for artifact in self.artifacts)} - listed
         if unlisted:
             raise CheckFailed(f"bundle.json does not list {', '.join(sorted(unlisted))}, which every bundle has; get the bundle again")
@@ -188,6 +177,17 @@ class Bundle:
         extra = sorted(held.union(self._left_out) - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
+
+    def _verify_file(self, file: File) -> None:
+        path = self.root / file.path
+        if not path.is_file():
+            raise CheckFailed(f"{file.path} is missing from the bundle; get the bundle again")
+        found = sha256(path)
+        if found != file.sha256:
+            raise CheckFailed(
+                f"{file.path} was changed after the bundle was made: got {path.stat().st_size} bytes with sha256 {found[:12]}..., "
+                f"expected {file.size_bytes} bytes with {file.sha256[:12]}...; get the bundle again (out of Git: with git lfs pull)"
+            )
 
     def _verify_preprocessing(self) -> None:
         if not any(file.path == GOLDEN_IMAGE for file in self.manifest.files):
@@ -234,8 +234,9 @@ def open_bundle(path: str | Path) -> Bundle:
     Hashes are not checked; call `verify()` for that.
 
     Raises:
-        UserError: there is no bundle, its manifest is not valid or of a newer format, or the zip is damaged.
-        CheckFailed: a file of the zip is larger than its manifest says, or all of it is packed too well to be weights.
+        UserError: there is no bundle, or it is of a newer format.
+        CheckFailed: its manifest or the zip is damaged, a file of the zip is larger than its manifest says, or all of it is packed too
+            well to be weights.
         OSError: there is no room to unpack the zip.
     """
     path = Path(path)
@@ -243,6 +244,8 @@ def open_bundle(path: str | Path) -> Bundle:
         return _unpack(path)
     if path.is_dir():
         return Bundle(path, path, read_manifest(path, path))
+    if path.is_file() and path.open("rb").read(2) == b"PK":
+        raise CheckFailed(f"{path} is no whole zip file, as if it had been cut off on its way; get the bundle again")
     raise UserError(f"{path} is no bundle; give a folder or zip that gcvit-edge quantize or export made")
 
 
@@ -260,7 +263,7 @@ def _unpack(path: Path) -> Bundle:
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
             if isinstance(error, OSError) and is_full(error):
                 raise  # nothing is wrong with the bundle
-            raise UserError(f"{path} is damaged ({error}); get the bundle again") from error
+            raise CheckFailed(f"{path} is damaged ({error}); get the bundle again") from error
         stack.pop_all()
     _unpacked.append(folder)
     return bundle

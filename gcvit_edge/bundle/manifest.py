@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gcvit_edge.artifact import Artifact, Computed
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.model.info import ModelInfo
 
 FORMAT_VERSION = 1
@@ -89,7 +89,8 @@ def read_manifest(root: Path, source: Path) -> Manifest:
     """The manifest of the bundle in folder `root`; `source` is how error messages call the bundle.
 
     Raises:
-        UserError: there is none, it is not valid or of a newer format, or it lists files outside the bundle.
+        UserError: there is none, it is of a newer format, or it lists files outside the bundle.
+        CheckFailed: it is damaged.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -100,7 +101,7 @@ def read_manifest(root: Path, source: Path) -> Manifest:
             raise UserError(f"{source} has bundle format {data.get('format_version')}, this gcvit-edge reads {FORMAT_VERSION}; update it")
         manifest = Manifest.model_validate(data)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{MANIFEST} of {source} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
+        raise CheckFailed(f"{MANIFEST} of {source} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
     for file in manifest.files:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\\" in file.path:
             raise UserError(f"{MANIFEST} of {source} lists the file {file.path!r}, which lies outside the bundle; do not use it")

@@ -168,7 +168,7 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
             + (f" (did you mean {guess!r}?)" if guess else "")
             + f". The model's {len(labels.names)} classes: {', '.join(labels.folders[:10])}"
             + (", ..." if len(labels.folders) > 10 else "")
-            + ". Rename the folders, or give the class names with --labels"
+            + ". Rename the folders; quantize and train also take other class names, with --labels"
         )
     for name in sorted(set(images.classes)):
         if len(index[name]) > 1:

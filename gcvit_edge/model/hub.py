@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
@@ -53,7 +53,7 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}; download it again") from error
 
 
-_MODES = {"center": "shortest_edge", "squash": "squash"}  # by timm's crop_mode
+_MODES: dict[str, Literal["shortest_edge", "squash"]] = {"center": "shortest_edge", "squash": "squash"}  # by timm's crop_mode
 
 
 def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | None:

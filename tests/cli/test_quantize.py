@@ -199,6 +199,7 @@ def test_names_are_those_of_folders_where_there_are_no_others(tiny: Tiny, tmp_pa
     for name in ("calib", "val"):
         for index in range(12):
             (tmp_path / name / str(index)).rename(tmp_path / name / f"class {index}")
+    shutil.rmtree(tmp_path / "val" / "class 3")  # of some classes there may be no images to evaluate
     job = plan("int8_ptq", weights=tmp_path / "plain.pth", **given)
     assert job.info.labels.names[:4] == ("class 0", "class 1", "class 10", "class 11")
 
