@@ -29,7 +29,9 @@ from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 from gcvit_edge.paths import written_whole
 
 _METADATA_KEY = "gcvit_edge"
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedModel, of torch.compile, of Lightning
+_COUNTER = "n_averaged"  # of AveragedModel, beside the weights
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def read_checkpoint(source: str) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"checkpoint {source} does not exist; give a .safetensors or .pth file, or hf-hub:ID")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    state = _without_prefixes(state)
     nvlabs = any(key.startswith("patch_embed.") for key in state)
     state = from_nvlabs(state) if nvlabs else state
     state = {key: value.float() for key, value in state.items()}
@@ -190,9 +193,18 @@ def _read_pickle(path: Path) -> State:
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file ({error}); download it again") from error
     while isinstance(data, dict) and (wrapper := next((w for w in _WRAPPERS if isinstance(data.get(w), dict)), None)):
         data = data[wrapper]
-    state = {str(key).removeprefix("module."): value for key, value in data.items()} if isinstance(data, dict) else {}
+    state = {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} holds no state_dict (looked for {', '.join(_WRAPPERS)}); save model.state_dict()")
+    return state
+
+
+def _without_prefixes(state: State) -> State:
+    """As the network itself names its weights: what modules around it put before every name is taken off, however many there were."""
+    state = {key: value for key, value in state.items() if key != _COUNTER}
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _without_prefixes({key.removeprefix(prefix): value for key, value in state.items()})
     return state
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
@@ -35,6 +37,14 @@ class Payload:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+class Lightning(nn.Module):
+    """Holds the network as modules of Lightning do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
 
 # What is read
@@ -101,7 +111,7 @@ def test_licence_of_nvlabs_weights_survives_being_saved_again(golden, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".pth.tar"])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "state_dict_ema", "model", "model_ema"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "state_dict_ema", "model", "model_ema", "ema"])
 def test_wrappers(tiny_model, tmp_path, wrapper, suffix):
     state = dict(tiny_model.state_dict())
     path = tmp_path / f"weights{suffix}"
@@ -116,11 +126,39 @@ def test_nested_wrappers_and_module_prefix(tiny_model, tmp_path):
     assert_same_state(read_checkpoint(str(path)).state, state)
 
 
-def test_averaged_weights_win(tiny_model, make_model, tmp_path):
-    torch.save({"state_dict": {}, "state_dict_ema": dict(tiny_model.state_dict())}, tmp_path / "one.pth")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "around",
+    [(nn.DataParallel,), (torch.compile,), (Lightning,), (AveragedModel,), (nn.DataParallel, torch.compile), (torch.compile, Lightning),
+     (AveragedModel, torch.compile), (torch.compile, AveragedModel, Lightning), (nn.DataParallel, nn.DataParallel)],
+)  # fmt: skip
+def test_modules_around_the_network(tiny_model, tmp_path, around, suffix):
+    module = tiny_model
+    for wrap in around:
+        module = wrap(module)
+    state = module.state_dict()
+    assert not set(state) & set(tiny_model.state_dict())
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    assert_same_state(read_checkpoint(str(path)).state, tiny_model.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefix_of_some_names_is_kept(tiny_model, tmp_path, suffix):
+    state = {f"module.{key}": value for key, value in tiny_model.state_dict().items()} | {"teacher.weight": torch.zeros(1)}
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    with pytest.raises(UserError, match=r"such as (module|teacher)\."):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "averaged"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("state_dict", "ema")]
+)
+def test_averaged_weights_win(tiny_model, tmp_path, wrapper, averaged):
     other = {key: value + 1 for key, value in tiny_model.state_dict().items()}
-    torch.save({"state_dict": other, "state_dict_ema": dict(tiny_model.state_dict())}, tmp_path / "two.pth")
-    for name in ("one.pth", "two.pth"):
+    for name, beside in (("one.pth", {}), ("two.pth", other)):
+        torch.save({wrapper: beside, averaged: dict(tiny_model.state_dict())}, tmp_path / name)
         assert_same_state(read_checkpoint(str(tmp_path / name)).state, tiny_model.state_dict())
 
 
