@@ -111,7 +111,7 @@ def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) ->
 
 def variant_of(config: GCViTConfig) -> str | None:
     """Name of the official variant with this structure, whatever its classes and channels: the one of this input size, else the first."""
-    alike = {name: known.img_size for name, known in VARIANTS.items() if _structure(known) == _structure(config)}
+    alike = {name: known.img_size for name, known in VARIANTS.items() if _alike(known, config)}
     return next((name for name, size in alike.items() if size == config.img_size), next(iter(alike), None))
 
 
@@ -138,7 +138,7 @@ def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
         UserError: another variant, number of classes or channels, or missing or extra keys.
     """
     have, want = checkpoint.config, model.config
-    if _structure(have) != _structure(want):
+    if not _alike(have, want):
         name = variant_of(have)
         guess = f"it is a {name}: give --model {name}" if name else f"its shape is {_structure(have)}"
         raise UserError(f"checkpoint {source} is not of the requested variant {_structure(want)}; {guess}")
@@ -231,6 +231,12 @@ def _either_side(source: str, sides: tuple[int, int]) -> str:
         f"checkpoint {source} was made for {high}x{low} or {low}x{high} pixels (height x width), and does not say which; give "
         "--preprocessing with its size, or in Python `create_model(img_size=(height, width))`"
     )
+
+
+def _alike(one: GCViTConfig, other: GCViTConfig) -> bool:
+    """Whether two structures are one. Of MLPs the widths count: several ratios give the same."""
+    widths, others = ([config.mlp_dim(stage) for stage in range(4)] for config in (one, other))
+    return widths == others and _structure(replace(one, mlp_ratio=other.mlp_ratio)) == _structure(other)
 
 
 def _structure(config: GCViTConfig) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class Block(nn.Module):
         num_heads: int,
         window: tuple[int, int],
         use_global: bool,
-        mlp_ratio: float,
+        mlp_dim: int,
         layer_scale: float | None,
         drop_path: float,
     ) -> None:
@@ -191,7 +191,7 @@ class Block(nn.Module):
         self.attn = WindowAttention(dim, num_heads, window, use_global)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, mlp_dim)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
 
@@ -231,7 +231,7 @@ class Stage(nn.Module):
                 config.num_heads[stage],
                 config.window(stage),
                 use_global=index % 2 == 1,
-                mlp_ratio=config.mlp_ratio,
+                mlp_dim=config.mlp_dim(stage),
                 layer_scale=config.layer_scale,
                 drop_path=rate,
             )

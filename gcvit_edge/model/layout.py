@@ -50,14 +50,15 @@ def infer_config(state: State, source: str) -> GCViTConfig:
     """
     try:
         dim, in_chans = state["stem.conv1.weight"].shape[:2]
-        depths, heads, positions = [], [], []
+        depths, heads, positions, ratios = [], [], [], []
         for stage in range(4):
             table = state[f"stages.{stage}.blocks.0.attn.rel_pos.relative_position_bias_table"]
             heads.append(table.shape[1])
             positions.append(table.shape[0])
             pattern = re.compile(rf"stages\.{stage}\.blocks\.(\d+)\.")
             depths.append(1 + max(int(found[1]) for key in state if (found := pattern.match(key))))
-        hidden = state["stages.0.blocks.0.mlp.fc1.weight"].shape[0]
+            hidden, width = state[f"stages.{stage}.blocks.0.mlp.fc1.weight"].shape
+            ratios.append(hidden / width)
         se_dim = state["stem.down.conv_block.se.fc1.weight"].shape[0]
         scale = state.get("stages.0.blocks.0.ls1.gamma")
         head = state.get("head.fc.weight", state.get("head.fc.bias"))
@@ -72,7 +73,7 @@ def infer_config(state: State, source: str) -> GCViTConfig:
         dim=dim,
         depths=tuple(depths),
         num_heads=tuple(heads),
-        mlp_ratio=hidden / dim,
+        mlp_ratio=max(ratios),  # the lowest that gives all widths, each of which is rounded down
         layer_scale=None if scale is None else 1e-5,
         img_size=img_size,
         window_size=windows,

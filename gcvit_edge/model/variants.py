@@ -38,8 +38,7 @@ class GCViTConfig:
             )
         if stages != 4:
             raise UserError(f"depths has {stages} entries; GC ViT has 4 stages, so give 4")
-        hidden = int(self.dim * self.mlp_ratio)
-        if min(self.dim, hidden, *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
+        if min(self.dim, self.mlp_dim(0), *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
             raise UserError(f"every size must be positive, got {self}")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path is a probability below 1, got {self.drop_path}")
@@ -62,6 +61,11 @@ class GCViTConfig:
     def stage_dim(self, stage: int) -> int:
         """Channels of a stage (0 to 3)."""
         return self.dim << stage
+
+    def mlp_dim(self, stage: int) -> int:
+        """Hidden units of a stage's MLPs, rounded down; but for a millionth, since the quotient of two widths, times one, may be just below
+        the other."""
+        return int(self.stage_dim(stage) * self.mlp_ratio + 1e-6)
 
     def feature_size(self, stage: int) -> tuple[int, int]:
         """Positions (height, width) of a stage's feature map."""

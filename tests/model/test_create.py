@@ -264,6 +264,29 @@ def test_tables_of_no_window_are_refused(make_model, tmp_path):
         load_model(str(tmp_path / "odd.safetensors"))
 
 
+@pytest.mark.parametrize("shape", [{"dim": 44, "mlp_ratio": 60 / 44, "num_heads": (1, 2, 4, 8)}, {"mlp_ratio": 2.7}, {"mlp_ratio": 1.1}])
+def test_widths_of_mlps_that_are_no_multiples(tmp_path, shape):
+    """Their ratio survives in our layout; from plain weights the lowest that gives all four widths is as good, and may be asked for too."""
+    shape = SHAPE | shape
+    model = create_model(**shape)
+    save_checkpoint(model, describe_model(model), tmp_path / "own.safetensors", half=False)
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    for name in ("own", "plain"):
+        path = tmp_path / f"{name}.safetensors"
+        loaded, info = load_model(str(path))
+        for same in (
+            loaded,
+            create_model(**shape, weights=path),
+            create_model(**shape | {"mlp_ratio": info.config["mlp_ratio"]}, weights=path),
+        ):
+            assert all(torch.equal(value, same.state_dict()[key]) for key, value in model.state_dict().items())
+        assert name == "plain" or info.config["mlp_ratio"] == shape["mlp_ratio"]
+    with pytest.raises(
+        UserError, match=rf"not of the requested variant .*'mlp_ratio': 2\.5.* its shape is .*'mlp_ratio': {shape['mlp_ratio']}"
+    ):
+        create_model(**shape | {"mlp_ratio": 2.5}, weights=tmp_path / "own.safetensors")
+
+
 @pytest.mark.parametrize("mlp_ratio", [-1.0, 0.0, 0.01])
 def test_no_mlp_is_refused(mlp_ratio):
     with pytest.raises(UserError, match="every size must be positive"):

@@ -78,6 +78,21 @@ def test_windows_scale_with_the_input():
     assert [config.stage_dim(stage) for stage in range(4)] == [16, 32, 64, 128]
 
 
+@pytest.mark.parametrize(
+    ("dim", "mlp_ratio", "widths"),
+    [
+        (16, 3, [48, 96, 192, 384]),
+        (44, 60 / 44, [60, 120, 240, 480]),  # 44 * (60 / 44) is less than 60 in floating point
+        (16, 2.7, [43, 86, 172, 345]),  # 43.2, 86.4, 172.8, 345.6
+    ],
+)
+def test_mlp_width_rounds_down(dim, mlp_ratio, widths):
+    config = GCViTConfig(dim=dim, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), mlp_ratio=mlp_ratio)
+    assert [config.mlp_dim(stage) for stage in range(4)] == widths
+    with torch.device("meta"):
+        assert [stage.blocks[0].mlp.fc1.out_features for stage in GCViT(config).stages] == widths
+
+
 def test_squeeze_width_rounds_up():
     config = GCViTConfig(dim=36, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), mlp_ratio=3, se_multiple=8)
     assert (config.se_dim(36), config.se_dim(32), config.se_dim(72)) == (16, 8, 24)
