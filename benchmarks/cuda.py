@@ -69,6 +69,12 @@ def line(entry: dict[str, Any]) -> str:
     )
 
 
+def save(entries: list[dict[str, Any]], file: Path) -> None:
+    """Writes all of them, or leaves what is there: hours of measuring."""
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def show(entries: list[dict[str, Any]]) -> Table:
     """The table: a line for each model and way, a column for each batch, each with its ratio to `BASE`."""
     batches = sorted({each["batch"] for each in entries})
@@ -110,8 +116,7 @@ def main() -> None:
         entries[key] = what | measure(model, batch, way, arguments.device) | {"made_by": made}
         print(line(entries[key]), flush=True)
         if arguments.json:
-            with written_whole(arguments.json) as file:  # of hours, of which an interruption must not cost what was there
-                file.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+            save(list(entries.values()), arguments.json)
     here = [each for each in entries.values() if all(each[key] == value for key, value in place.items())]
     Console(width=140).print(show(here))
     if not all(entries[key].get("passed") for key in asked):

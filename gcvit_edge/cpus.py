@@ -1,6 +1,7 @@
 """CPUs: how many this process may use, and which of a device's to time on, where some are faster than others: a phone's big cores first."""
 
 import os
+import re
 import subprocess
 from collections import Counter
 from contextlib import suppress
@@ -13,10 +14,10 @@ from gcvit_edge.errors import UserError
 # little cores of some boards have the higher clock), highest clock in kHz and the CPUs of its core
 CPUS_SCRIPT = r"""
 exec 2>/dev/null
-echo "$(sed -n 's/^Cpus_allowed_list:[^0-9]*//p' /proc/self/status)"
+sed -n 's/^Cpus_allowed_list:[^0-9]*//p' /proc/self/status
 cd /sys/devices/system/cpu || exit 0
 for cpu in cpu[0-9]*; do
-    [ -d "$cpu" ] || continue
+    [ -d $cpu ] || continue
     [ "$(cat $cpu/online)" = 0 ] && continue
     capacity=$(cat $cpu/cpu_capacity)
     khz=$(cat $cpu/cpufreq/cpuinfo_max_freq)
@@ -29,7 +30,9 @@ done
 def fastest_first(text: str) -> list[int]:
     """The CPUs in what `CPUS_SCRIPT` printed: one a core as far as they go, of those the fastest first; none if it says nothing."""
     first, *lines = text.splitlines() or [""]
-    allowed = {number for span in first.split(",") if span for number in _span(span)}
+    if not re.fullmatch(r"[\d,-]+", first):  # of a kernel that does not say which may be used, the line of a CPU
+        return []
+    allowed = {number for span in first.split(",") for number in _span(span)}
     taken: Counter[str] = Counter()
     ranked = []
     for number, capacity, khz, *siblings in sorted((line.split() for line in lines), key=lambda words: int(words[0])):

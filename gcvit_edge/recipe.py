@@ -80,7 +80,7 @@ class Recipe(Section):
     def _coherent(self) -> Self:
         if self.precision in _HALVES and (wanted := [key for key in _FOR_INTEGERS if getattr(self, key)]):
             raise ValueError(f"`{wanted[0]}` makes channels fit for integers, which {self.precision} has none of; leave it out")
-        if "ranges" in self.calibration.model_fields_set and self.precision not in INTEGER_ACTIVATIONS:
+        if self.calibration.ranges != "minmax" and self.precision not in INTEGER_ACTIVATIONS:
             raise ValueError(f"`calibration.ranges` is for activations in integers, which {self.precision} leaves in float; leave it out")
         if self.rounding != "nearest" and not {"linear", "conv"} & set(self.operators):
             raise ValueError(f"`rounding: {self.rounding}` is for linears and convolutions, not for {self._contents()}; leave it out")

@@ -4,7 +4,8 @@
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: install_adbd.sh FOLDER}")
 [ ! -e "$folder" ] || exit 0
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep 'debian/\?$' | sed -n 1p)  # as this machine is set up
+repositories=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages')  # of this machine
+mirror=$(grep -m 1 'debian/\?$' <<< "$repositories")  # no pipe from apt-get, which would end in an error where grep reads no further
 apt=$(mktemp -d)
 trap 'rm -rf "$apt"' EXIT
 mkdir -p "$apt"/{lists,cache/archives,etc/sources.list.d,etc/apt.conf.d,etc/preferences.d}

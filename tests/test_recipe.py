@@ -52,6 +52,13 @@ def test_channels_are_made_fit_for_integers_where_there_are_some() -> None:
         assert (recipe.centering, recipe.smoothing, recipe.equalization) == (expected,) * 3
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_all_that_a_recipe_says_is_the_recipe(name: str) -> None:
+    """With every default, as `recipes show --json` prints it."""
+    recipe = parse_recipe(recipe_text(name), name)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
 def test_recipes_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse().name = "other"  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
@@ -53,9 +53,6 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}; download it again") from error
 
 
-_MODES: dict[str, Literal["shortest_edge", "squash"]] = {"center": "shortest_edge", "squash": "squash"}  # by timm's crop_mode
-
-
 def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | None:
     """What `pretrained_cfg` of timm's config.json says, if it does.
 
@@ -67,13 +64,12 @@ def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | N
         return None
     try:
         size = tuple(timm["input_size"][1:])
-        crop = timm.get("crop_mode") or "center"
-        if crop not in _MODES:
-            raise ValueError(f"crop_mode is {crop!r}, and {' and '.join(_MODES)} are known")
+        if (crop := timm.get("crop_mode", "center")) not in ("center", "squash"):
+            raise ValueError(f"crop_mode {crop!r}, expected 'center' or 'squash'")
         return Preprocessing(
             size=size,
             resize=int(max(size) / timm.get("crop_pct", 0.875)),
-            mode=_MODES[crop],
+            mode="squash" if crop == "squash" else "shortest_edge",
             interpolation=timm.get("interpolation", "bicubic"),
             mean=timm["mean"],
             std=timm["std"],

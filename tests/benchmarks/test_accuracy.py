@@ -4,10 +4,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from interrupted import interrupted_writing
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
 
@@ -35,6 +37,12 @@ def entries(row: Any, **made_by: str) -> list[dict[str, Any]]:
     return [{"row": row.name, "backend": backend, **made_by} for backend in ("onnx", "openvino")]
 
 
+def answers(right: int, images: int) -> SimpleNamespace:
+    """What `check_rows` looks at: float logits that are right on the first so many images."""
+    classes = np.zeros(images, np.int64)
+    return SimpleNamespace(classes=classes, reference=np.eye(2, dtype=np.float32)[(np.arange(images) >= right).astype(int)])
+
+
 def test_a_row_is_taken_over_if_recipe_code_and_versions_are_the_same(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     row = named(accuracy, "int8_ptq")
     made = entries(row, made_by=accuracy.made_by(row, "these"))
@@ -56,6 +64,29 @@ def test_a_row_that_does_not_say_what_made_it_is_named(accuracy: ModuleType, cap
     assert not accuracy.reusable(row, "these", entries(row), again=True)
 
 
+@pytest.mark.parametrize("right", [598, 599, 600, 601, 602])
+def test_rows_of_another_float_model_are_refused_but_not_those_of_another_cpu(accuracy: ModuleType, right: int) -> None:
+    """600 of 1,000 images were right, of which another CPU may turn one."""
+    row = accuracy.Row("int8_ptq", "int8_ptq", every=1)
+    bed = answers(right, 1000)
+    measured = [{"row": row.name, "images": 1000, "float_top1": 0.6}]
+    if abs(right - 600) <= 1:
+        accuracy.check_rows(measured, bed, Path("rows.json"))
+    else:
+        message = (
+            rf"other --weights or --eval, such as 'int8_ptq': float top-1 60\.00% on 1000 images, here {right / 10:.2f}% on 1000; give"
+        )
+        with pytest.raises(SystemExit, match=message):
+            accuracy.check_rows(measured, bed, Path("rows.json"))
+
+
+def test_rows_of_other_images_are_refused(accuracy: ModuleType) -> None:
+    fifth = [{"row": "int8_ptq, every fifth image", "images": 200, "float_top1": 1.0}]
+    accuracy.check_rows(fifth, answers(1000, 1000), Path("rows.json"))
+    with pytest.raises(SystemExit, match=r"on 200 images, here 100\.00% on 400; give"):
+        accuracy.check_rows(fifth, answers(2000, 2000), Path("rows.json"))
+
+
 def test_unknown_rows_are_refused(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"row": "int8_ptqq"}]))
@@ -66,6 +97,15 @@ def test_unknown_rows_are_refused(accuracy: ModuleType, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", [*arguments, "--only", "int8_qat"])
     with pytest.raises(SystemExit, match="--only: unknown row 'int8_qat'; did you mean"):
         accuracy.main()
+
+
+def test_what_was_measured_outlives_an_interruption(accuracy: ModuleType, tmp_path: Path) -> None:
+    row, file = named(accuracy, "int8_ptq"), tmp_path / "rows.json"
+    accuracy.save(entries(row), file)
+    with interrupted_writing():
+        accuracy.save(entries(row, made_by="this"), file)
+    assert json.loads(file.read_text()) == entries(row)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_every_row_has_a_recipe_that_is_valid(accuracy: ModuleType) -> None:

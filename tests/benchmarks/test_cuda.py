@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interrupted import interrupted_writing
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
 # not bfloat16, which takes minutes on CPUs without instructions for it; with CUDA graphs it fails on any CPU
@@ -40,6 +41,19 @@ def test_a_run_on_the_cpu(benchmark: Path, tmp_path: Path) -> None:
     assert again.returncode == 0  # what was asked for is right
     assert f"batch 2, {EAGER}" not in again.stdout
     assert json.loads(file.read_text()) == [measured, failed]
+
+
+def test_what_was_measured_outlives_an_interruption(benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, file = runpy.run_path(str(benchmark))["main"], tmp_path / "cpu.json"
+    monkeypatch.setitem(main.__globals__, "measure", lambda *_: {"error": "not measured"})
+    monkeypatch.setattr(sys, "argv", [str(benchmark), "--device", "cpu", "--models", "gcvit_xxtiny", "--ways", EAGER, "--json", str(file)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    before = json.loads(file.read_text())
+    assert [each["batch"] for each in before] == [1, 32, 256]
+    with interrupted_writing():
+        main()
+    assert json.loads(file.read_text()) == before
 
 
 def test_refusals(benchmark: Path) -> None:

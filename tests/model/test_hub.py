@@ -60,7 +60,11 @@ def test_hub(tiny_model, tmp_path, monkeypatch, name):
     assert info.origin == Origin(source="hf-hub:timm/gcvit_mine.in1k", layout="timm", licence=NVLABS_LICENCE)
 
 
-@pytest.mark.parametrize("changes", [{"interpolation": "lanczos"}, {"mean": [0.5]}, {"std": [0.3, 0.2, 0.0]}, {"input_size": 224}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"interpolation": "lanczos"}, {"mean": [0.5]}, {"std": [0.3, 0.2, 0.0]}, {"input_size": 224}, {"crop_mode": "border"},
+     {"crop_mode": ["center"]}],
+)  # fmt: skip
 def test_hub_with_preprocessing_that_cannot_be_done(tiny_model, tmp_path, monkeypatch, changes):
     folder = hub_folder(
         tmp_path, tiny_model, "model.safetensors", TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | changes}
@@ -71,6 +75,21 @@ def test_hub_with_preprocessing_that_cannot_be_done(tiny_model, tmp_path, monkey
     assert create_model(**SHAPE, weights=HUB).head is not None
     mine = Preprocessing(size=(64, 64))
     assert load_model(HUB, preprocessing=mine)[1].preprocessing == mine
+
+
+def test_hub_with_a_crop_that_cannot_be_done_says_which(tiny_model, tmp_path, monkeypatch):
+    border = TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | {"crop_mode": "border"}}
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", border)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    with pytest.raises(UserError, match="cannot be done: crop_mode 'border', expected 'center' or 'squash'; give --preprocessing FILE"):
+        load_model(HUB)
+
+
+def test_hub_without_a_crop_mode_is_cropped_in_the_centre(tiny_model, tmp_path, monkeypatch):
+    silent = TIMM_CONFIG | {"pretrained_cfg": {key: value for key, value in TIMM_CONFIG["pretrained_cfg"].items() if key != "crop_mode"}}
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", silent)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    assert read_checkpoint(HUB).preprocessing.mode == "shortest_edge"
 
 
 def test_hub_of_somebody_else(tiny_model, tmp_path, monkeypatch):
@@ -87,14 +106,6 @@ def test_hub_squashed_crop(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
     preprocessing = read_checkpoint("hf-hub:somebody/gcvit").preprocessing
     assert (preprocessing.mode, preprocessing.size) == ("squash", (64, 64))
-
-
-def test_hub_crop_that_cannot_be_done(tiny_model, tmp_path, monkeypatch):
-    border = TIMM_CONFIG | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | {"crop_mode": "border"}}
-    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", border)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
-    with pytest.raises(UserError, match="cannot be done: crop_mode is 'border', and center and squash are known; give --preprocessing"):
-        _ = read_checkpoint("hf-hub:somebody/gcvit").preprocessing
 
 
 def test_hub_offline(monkeypatch):
