@@ -84,6 +84,9 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         force=arguments.force,
     )
     main = job.accelerator.is_main_process
+    if job.new_head and main:
+        classes = ", ".join(job.info.labels.names[:5]) + (", ..." if len(job.info.labels.names) > 5 else "")
+        errors.print(f"a new head: {arguments.weights} is for other classes than {classes}", markup=False, highlight=False)
     with resumable(job.state):
         report = run_training(job, Steps(errors if main else None))
     if not main:

@@ -30,7 +30,8 @@ OWN_LICENCE = "not stated (trained from random weights: the licence is its owner
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A checked request to train. origin: the shape and the weights that it starts from. state: where an interrupted run waits."""
+    """A checked request to train. origin: the shape and the weights that it starts from. new_head: the checkpoint's was for
+    other classes. state: where an interrupted run waits."""
 
     model: GCViT
     info: ModelInfo
@@ -38,6 +39,7 @@ class TrainJob:
     data: LabelledImages
     evaluation: LabelledImages | None
     origin: dict[str, Any]
+    new_head: bool
     accelerator: "Accelerator"
     output: Path
     state: Path
@@ -101,8 +103,9 @@ def plan_training(
     micro_batches(settings, accelerator.num_processes)
     torch.manual_seed(settings.seed)
     network = GCViT(config)
-    if checkpoint is not None:
-        load_weights(network, _with_classes(checkpoint, network, labels), str(weights))
+    start_from = None if checkpoint is None else _with_classes(checkpoint, network, labels)
+    if start_from is not None:
+        load_weights(network, start_from, str(weights))
     freeze(network, freeze_stages)
     epochs = f"{settings.epochs} epoch{'' if settings.epochs == 1 else 's'}"
     start = RANDOM_WEIGHTS if checkpoint is None else checkpoint.origin.source
@@ -119,7 +122,8 @@ def plan_training(
     )
     origin = {"config": config_dict(config), "checkpoint": None if checkpoint is None else weights_digest(checkpoint.state)}
     trained_on = LabelledImages(images, classes, preprocessing)
-    return TrainJob(network, info, settings, trained_on, evaluated, origin, accelerator, output, state, resume)
+    new_head = start_from is not checkpoint
+    return TrainJob(network, info, settings, trained_on, evaluated, origin, new_head, accelerator, output, state, resume)
 
 
 def run_training(job: TrainJob, steps: Steps) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def test_the_same_classes_keep_the_head(tiny: Tiny, tmp_path: Path) -> None:
     weights = load_file(tiny.weights)
     assert all(torch.equal(value, weights[name]) for name, value in planned.model.state_dict().items())
     assert planned.info.labels == Labels.of(CLASSES)
+    assert not planned.new_head
 
 
 def test_other_classes_keep_the_body_and_get_a_new_head(tiny: Tiny, tmp_path: Path) -> None:
@@ -197,6 +198,7 @@ def test_other_classes_keep_the_body_and_get_a_new_head(tiny: Tiny, tmp_path: Pa
     assert all(torch.equal(value, weights[name]) for name, value in body.items())
     assert planned.info.labels.names == CLASSES[1:]
     assert planned.info.config["num_classes"] == 3
+    assert planned.new_head
     assert not planned.model.head.fc.bias.any()  # type: ignore[union-attr]
     (data / CLASSES[1]).rename(data / "cyan")
     shutil.copytree(tiny.calib / CLASSES[0], data / CLASSES[0])
