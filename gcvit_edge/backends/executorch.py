@@ -179,7 +179,7 @@ def _unattributed(operators: list[Operator], whole: float) -> list[Operator]:
     """What an inference takes, in ms, beyond its operators: XNNPACK cuts their times off to whole microseconds, and what interrupts
     one now and then is in no median."""
     rest = whole - sum(each.ms for each in operators)
-    return [Operator("unattributed", "of no operator", "other", rest, False, all(each.delegated for each in operators))] if rest > 0 else []
+    return [Operator("unattributed", "Unattributed", "other", rest, False, all(each.delegated for each in operators))] if rest > 0 else []
 
 
 def _averages_apart(operators: list[Operator]) -> list[Operator]:

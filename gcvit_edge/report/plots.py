@@ -62,9 +62,11 @@ def ranges_plot(report: dict[str, Any]) -> "Figure":
     lower.set_ylabel("largest channel,\nof the median one")
     lower.set_yscale("log")
     for axes, heights in ((upper, high), (lower, [place["imbalance"] for place in places])):
-        for index in sorted(at, key=lambda index: -heights[index])[:4]:
-            height = heights[index]
-            axes.annotate(places[index]["place"].removesuffix(".input"), (index, height), fontsize=7, rotation=25, va="bottom")
+        highest = sorted(at, key=lambda index: -heights[index])[:5]
+        for number, index in enumerate(highest, 1):  # names would cover each other: the highest are often neighbours
+            axes.annotate(str(number), (index, heights[index]), fontsize=7, ha="center", va="bottom")
+        named = "\n".join(f"{number} {places[index]['place'].removesuffix('.input')}" for number, index in enumerate(highest, 1))
+        axes.text(1.01, 1, named, transform=axes.transAxes, fontsize=7, va="top")
     stages = [place["place"].split(".")[1] if place["place"].startswith("stages.") else place["place"].split(".")[0] for place in places]
     starts = [index for index in at if index and stages[index] != stages[index - 1]]
     for axes in (upper, lower):
