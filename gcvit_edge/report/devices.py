@@ -53,7 +53,7 @@ def _failed(run: Run) -> str:
 def _table(report: Report, what: str) -> Table:
     table = Table(title=f"{escape(report.model)}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in ("device", "artifact", *(["run on"] if _several_ways(report) else [])):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "artifact", min_width=6)
+        table.add_column(heading, overflow="fold")
     return table
 
 
