@@ -59,14 +59,13 @@ HEADER = header(
 def rows(name: str, report: dict[str, Any]) -> list[str]:
     """Table rows of one report."""
     out = []
-    marks = {True: " (noisy)", False: ""}
     for entry in report["artifacts"]:
+        mark = " (noisy)" if entry["noisy"] or entry["float_noisy"] else ""
         out.append(
             f"| {name}, {report['images']:,} | {entry['backend']} | {report['float']['top1']:.2%} | "
             f"{drop(entry)} | {agreement(entry)} | {sqnr(entry)} | "
             f"{entry['size_bytes'] / 1e6:.1f} of {entry['float_size_bytes'] / 1e6:.1f} | "
-            f"{entry['latency_ms']['p50']:.1f} of {entry['float_latency_ms']['p50']:.1f}"
-            f"{marks[entry['noisy'] or entry['float_noisy']]} | {entry['speedup']:.2f}x |"
+            f"{entry['latency_ms']['p50']:.1f} of {entry['float_latency_ms']['p50']:.1f}{mark} | {entry['speedup']:.2f}x |"
         )
     return out
 

@@ -1,6 +1,5 @@
 """Which rows of an earlier run are taken over."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,24 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_programs import benchmark_program
 from interrupted import interrupted_writing
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "accuracy.py"
 
 
 @pytest.fixture(scope="module")
 def accuracy() -> ModuleType:
-    if not FILE.is_file():
-        pytest.skip("a source distribution has no benchmarks")
-    spec = importlib.util.spec_from_file_location("benchmark_of_accuracy", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)  # as Python does for a script
-        spec.loader.exec_module(module)
-    return module
+    return benchmark_program("accuracy")
 
 
 def named(accuracy: ModuleType, name: str) -> Any:
