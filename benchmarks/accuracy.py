@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _entries import save
 from rich.console import Console
 from rich.table import Table
 from stock import STOCK, stock_made_by, stock_model
@@ -31,7 +32,6 @@ from gcvit_edge.lower import lower_float, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Classes, Logits, agreement, check_baseline, compare, hits
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.paths import written_whole
 from gcvit_edge.plan import plan
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
@@ -208,12 +208,6 @@ def entry(row: Row, artifact: Artifact, logits: Logits, all_logits: list[Logits]
         "size_bytes": artifact.size_bytes,
         "made_by": made_by(row, bed.identity),
     }
-
-
-def save(entries: list[dict[str, Any]], file: Path) -> None:
-    """Writes all of them, or leaves what is there: hours of measuring."""
-    with written_whole(file) as partial:
-        partial.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def show(entries: list[dict[str, Any]]) -> Table:

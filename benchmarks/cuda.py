@@ -22,12 +22,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from _entries import save
 from rich.console import Console
 from rich.table import Table
 
 from gcvit_edge.cache import digest, sources
 from gcvit_edge.errors import unknown_name
-from gcvit_edge.paths import written_whole
 
 MODELS = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
 WAYS = (
@@ -67,12 +67,6 @@ def line(entry: dict[str, Any]) -> str:
         f"{entry['p50_ms']:.3f} ms ({entry['min_ms']:.3f} at least), {entry['images_per_s']:.0f} images/s, {entry['sqnr_db']:.1f} dB, "
         f"{entry['peak_memory_mb']} MB, ready in {entry['ready_s']:.0f} s" + ("" if entry["passed"] else "; WRONG ANSWER")
     )
-
-
-def save(entries: list[dict[str, Any]], file: Path) -> None:
-    """Writes all of them, or leaves what is there: hours of measuring."""
-    with written_whole(file) as partial:
-        partial.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def show(entries: list[dict[str, Any]]) -> Table:

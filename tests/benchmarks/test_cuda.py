@@ -1,12 +1,12 @@
 """The benchmark of GPUs, on the CPU: what can run there is measured and checked, what cannot is named, and a run goes on."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark_programs import benchmark_program
 from interrupted import interrupted_writing
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
@@ -44,7 +44,7 @@ def test_a_run_on_the_cpu(benchmark: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_measured_outlives_an_interruption(benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    main, file = runpy.run_path(str(benchmark))["main"], tmp_path / "cpu.json"
+    main, file = benchmark_program("cuda").main, tmp_path / "cpu.json"
     monkeypatch.setitem(main.__globals__, "measure", lambda *_: {"error": "not measured"})
     monkeypatch.setattr(sys, "argv", [str(benchmark), "--device", "cpu", "--models", "gcvit_xxtiny", "--ways", EAGER, "--json", str(file)])
     with pytest.raises(SystemExit, match="1"):
@@ -63,7 +63,7 @@ def test_refusals(benchmark: Path) -> None:
 
 
 def test_the_reason_of_a_failure_is_the_error_and_not_the_advice_after_it(benchmark: Path) -> None:
-    reason = runpy.run_path(str(benchmark))["reason"]
+    reason = benchmark_program("cuda").reason
     lines = ["Traceback (most recent call last):", '  File "x.py", line 1', "torch._inductor.exc.InductorError: CppCompileError: none", "",
              "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace"]  # fmt: skip
     assert reason("\n".join(lines)) == "torch._inductor.exc.InductorError: CppCompileError: none"
