@@ -129,7 +129,8 @@ def measured_on(device: str) -> dict[str, str]:
 def made_by() -> str:
     """Digest of what decides an entry besides its configuration: our code, and the version of torchao."""
     torchao = version("torchao") if find_spec("torchao") else ""
-    return digest([sources(), Path(__file__).with_name("_cuda_case.py").read_bytes(), torchao])[:16]
+    programs = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("_cuda_case", "_random_network"))
+    return digest([sources(), *programs, torchao])[:16]
 
 
 if __name__ == "__main__":
