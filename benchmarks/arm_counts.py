@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        built = build(arguments.model, None, folder, steps, ["executorch"])
+        built = build(arguments.model, None, "int8_ptq", folder, steps, ["executorch"])
         built.append((FULL, build_full(arguments.model, folder, steps)))
         image = calibration_inputs(network(arguments.model, None)[1], folder)[0]
         with steps.step("count", len(CPUS) * len(built)) as advance:

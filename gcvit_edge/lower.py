@@ -61,7 +61,7 @@ def rounding(recipe: Recipe, backend: Backend) -> "Rounding":
     from gcvit_edge.quantization.scheme import Rounding
 
     operators = integer_operators(recipe, backend)
-    return Rounding(operators, backend.arithmetic(operators), backend.form(operators))
+    return Rounding(operators, backend.arithmetic(operators, recipe.x86), backend.form(operators))
 
 
 def roundings(recipe: Recipe, names: Sequence[str]) -> "list[Rounding]":

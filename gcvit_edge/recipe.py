@@ -12,6 +12,9 @@ from gcvit_edge.schema import Section, parse_yaml, read_text
 from gcvit_edge.training.settings import QatSettings
 
 Operator = Literal["linear", "conv", "attention", "residual"]
+X86 = Literal["vnni", "avx2"]
+"""x86 CPUs by how they multiply integers: with dot products of bytes, of any width, or by 16-bit multiply-add."""
+
 RangeMethod = Literal["minmax", "average", "percentile", "mse", "entropy"]
 
 MIN_CALIBRATION_IMAGES = 16  # fewer leave the ranges to chance
@@ -56,6 +59,7 @@ class Recipe(Section):
     precision: Precision = "int8"
     operators: tuple[Operator, ...] = Field(("linear", "conv"), min_length=1)
     backends: tuple[str, ...] = Field(("executorch", "openvino", "onnx"), min_length=1)
+    x86: X86 = Field("vnni", description="the x86 CPUs that artifacts are to be fast on; they run, and are as exact, on the others too")
     centering: bool = Field(True, description="channels of keys and values around 0; see quantization/centering.py")
     smoothing: bool = Field(True, description="outlier channels smaller, their weights larger; see quantization/smoothing.py")
     equalization: bool = Field(True, description="channels of outputs to one range; see quantization/equalization.py")
@@ -98,6 +102,8 @@ class Recipe(Section):
             raise ValueError(
                 f"`operators`: {', '.join(activations)} rounds activations, which {self.precision} leaves in float; leave it out"
             )
+        if self.x86 == "avx2" and (self.precision != "int8" or "linear" not in self.operators):
+            raise ValueError(f"`x86: avx2` is for linears in INT8, not for {self._contents()}; leave it out")
         if self.calibration.unit_softmax and "attention" not in self.operators:
             raise ValueError(
                 f"`calibration.unit_softmax` is for the softmax in integers, not for {self._contents()}; leave it out, or add `attention` "

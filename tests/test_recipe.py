@@ -72,7 +72,7 @@ def test_recipes_do_not_change() -> None:
         ({"limits": {"max_drops": 1}}, r"unknown key 'limits\.max_drops'; did you mean 'max_drop'\?"),
         (
             {"qqqq": 1},
-            "unknown key 'qqqq'; valid keys: name, description, precision, operators, backends, centering, smoothing, equalization, "
+            "unknown key 'qqqq'; valid keys: name, description, precision, operators, backends, x86, centering, smoothing, equalization, "
             "rounding, bias_correction, keep_float, search, calibration, qat, limits",
         ),
         ({"calibration": {"zzzz": 1}}, r"unknown key 'calibration\.zzzz'; valid keys: images, seed"),
@@ -117,6 +117,9 @@ def test_recipes_do_not_change() -> None:
             "`calibration.ranges` is for activations in integers, which int4 leaves in float; leave it out",
         ),
         ({"search": {"images": 60, "ranked_by": 100}}, "search: `ranked_by` is a number of the `images`, of which there are 60, got 100$"),
+        ({"x86": "avx512"}, "x86: got 'avx512'; .*'vnni' or 'avx2'"),
+        ({"x86": "avx2", "precision": "w4a8", "backends": ["onnx"]}, "`x86: avx2` is for linears in INT8, not for linear, conv in w4a8; leave"),
+        ({"x86": "avx2", "operators": ["conv"]}, "`x86: avx2` is for linears in INT8, not for conv in int8; leave it out"),
         ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],
 )

@@ -19,7 +19,7 @@ from gcvit_edge.artifact import Precision
 from gcvit_edge.measurement.profile import Operator as TimedOperator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
-from gcvit_edge.recipe import Operator
+from gcvit_edge.recipe import X86, Operator
 from gcvit_edge.registry import load_module, module_names
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Backend(Protocol):
         """How this runtime wants the deploy form written if these operators are in integers."""
         ...
 
-    def arithmetic(self, operators: frozenset[Operator]) -> Arithmetic:
-        """How this runtime computes if these operators are in integers."""
+    def arithmetic(self, operators: frozenset[Operator], x86: X86) -> Arithmetic:
+        """How this runtime computes if these operators are in integers, fastest on such x86 CPUs."""
         ...
 
     def capture(self, deployed: "nn.Module", example: "Tensor") -> Any:

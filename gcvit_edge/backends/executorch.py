@@ -19,6 +19,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.recipe import X86
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def form(operators: frozenset[RecipeOperator]) -> Form:
     return Form(norm="products", attention="bmm", pointwise="conv", gains=gains)
 
 
-def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
     """Scales found when it runs, and float outputs, are as fast as static ones but in MLPs, where GELU becomes a table of integers."""
     linear = "static" if "attention" in operators else "dynamic_row"  # products of attention want integers
     return Arithmetic(

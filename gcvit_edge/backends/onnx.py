@@ -16,6 +16,7 @@ from gcvit_edge.artifact import Precision
 from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.recipe import X86
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def form(operators: frozenset[RecipeOperator]) -> Form:
     return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains="none")
 
 
-def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
     """Scales found when it runs are fastest and most exact for linears; for convolutions, as the same products, as fast as QDQ and more
     exact (benchmarks/NOTES.md)."""
     return Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", conv="dynamic", grouped="dynamic_block")

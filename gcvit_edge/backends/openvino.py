@@ -16,6 +16,7 @@ from gcvit_edge.artifact import Precision
 from gcvit_edge.measurement.profile import Kind, Operator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.recipe import X86
 from gcvit_edge.recipe import Operator as RecipeOperator
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ def form(operators: frozenset[RecipeOperator]) -> Form:
     return Form(norm="operator", attention="windows", gains="none")
 
 
-def arithmetic(operators: frozenset[RecipeOperator]) -> Arithmetic:
+def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
     """Static scales alone; kernels answer in float, with rounding fused where integers follow. Late 1x1 convolutions in float take 1.4 %
-    of the time (benchmarks/NOTES.md), and are a third to two thirds of the noise in integers."""
-    return Arithmetic(activations="uint8", late_pointwise="weights")
+    of the time (benchmarks/NOTES.md), and are a third to two thirds of the noise in integers. Without VNNI oneDNN has a general product
+    for linears, slower than float's, and kernels of its own for convolutions."""
+    return Arithmetic(activations="uint8", late_pointwise="weights", static_linear="conv" if x86 == "avx2" else "linear")
 
 
 def capture(deployed: "nn.Module", example: "Tensor") -> "Model":

@@ -22,6 +22,7 @@ class Arithmetic:
     gates of Fused-MBConvs. late_pointwise: the same for those 1x1 convolutions of the last two stages that are linears: there one image's
     range is far from another's (None: as other linears). grouped: the same for linears whose weights are INT4 in groups, where
     activations are integers at all.
+    static_linear: linears with static scales as such, or as the 1x1 convolutions that they are too, whose kernels are others.
     linear_output: whether kernels of linears with static scales answer in integers too. symmetric_right: whether the right factor of
     a product of two activations needs a zero point of 0.
     """
@@ -33,5 +34,6 @@ class Arithmetic:
     delicate: Scales = "weights"
     late_pointwise: Scales | None = None
     grouped: GroupedScales = "weights"
+    static_linear: Literal["linear", "conv"] = "linear"
     linear_output: bool = False
     symmetric_right: bool = False

@@ -51,6 +51,19 @@ class StaticLayer(Product):
         return y if self.output is None else self.output.round_trip(y)
 
 
+class StaticConvLinear(StaticLayer):
+    """A linear written as the 1x1 convolution that it is too: tokens (N, C) are a feature map of one column, channels last."""
+
+    def __init__(self, layer: nn.Linear, input: Affine, output: Affine | None) -> None:
+        convolution = nn.Conv2d(layer.in_features, layer.out_features, 1, device="meta")
+        convolution.weight, convolution.bias = nn.Parameter(layer.weight[:, :, None, None]), layer.bias
+        super().__init__(convolution, input, output)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        column = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        return super().product(column, weight).permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
 class WeightLayer(Product):
     """A linear or convolution that computes in float, with a weight that is stored in another way; `weight()` is it in float."""
 

@@ -22,6 +22,7 @@ from gcvit_edge.quantization.layers import (
     DynamicRowLinear,
     GroupedLinear,
     RoundedPoint,
+    StaticConvLinear,
     StaticLayer,
     WeightLayer,
 )
@@ -115,7 +116,8 @@ def quantize(
             return DynamicLinear(layer)
         if scales == "dynamic_row":
             return DynamicRowLinear(layer, IntegerWeight(layer.weight))
-        return StaticLayer(layer, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
+        static = StaticConvLinear if arithmetic.static_linear == "conv" else StaticLayer
+        return static(layer, affine(f"{name}.input"), affine(f"{name}.output") if arithmetic.linear_output else None)
 
     def conv(name: str, layer: nn.Conv2d) -> nn.Module:
         if precision == "int4":

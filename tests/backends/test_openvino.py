@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import openvino
 import pytest
@@ -6,21 +8,35 @@ import torch
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import openvino as backend
 from gcvit_edge.data import Labels
-from gcvit_edge.lower import lower_quantized
+from gcvit_edge.lower import lower_quantized, simulate
+from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
-from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 
 
+AVX2 = parse_recipe(recipe_text("int8_ptq_avx2"), "int8_ptq_avx2")
+
+
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def model() -> GCViT:
     torch.manual_seed(0)
-    model = create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
+    return create_model(dim=16, depths=(2, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=4, img_size=64)
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: GCViT) -> Calibrated:
+    return calibrate(model, RECIPE, lambda: iter(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def artifact(model: GCViT, calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     info = describe_model(model, Labels.of(["a", "b/c", "d", "e f"]))
-    return lower_quantized("openvino", calibrate(model, RECIPE, lambda: iter(IMAGES)), info, RECIPE, tmp_path_factory.mktemp("openvino"))
+    return lower_quantized("openvino", calibrated, info, RECIPE, tmp_path_factory.mktemp("openvino"))
 
 
 def is_integer_weight(node: openvino.Node) -> bool:
@@ -53,6 +69,31 @@ def test_structure_of_the_int8_graph(artifact: Artifact) -> None:
     biases = [c for c in constants if len(c.shape) == 4 and c.shape[2] == c.shape[3] in (2 * 2, 4 * 4)]  # the tokens of a window
     assert len(biases) == 6
     assert all(bias.get_element_type() == openvino.Type.i8 for bias in biases)
+
+
+def rounded_products(path: Path, kind: str) -> list[openvino.Node]:
+    """Operators of this type whose weights are INT8 and whose activations are rounded, as an integer kernel wants them."""
+
+    def is_rounded(node: openvino.Node) -> bool:
+        name = node.get_type_name()
+        return name == "FakeQuantize" or (name in ("Reshape", "Transpose") and is_rounded(node.input_value(0).get_node()))
+
+    operators = [op for op in openvino.Core().read_model(path).get_ordered_ops() if op.get_type_name() == kind]
+    return [op for op in operators if is_integer_weight(op.input_value(1).get_node()) and is_rounded(op.input_value(0).get_node())]
+
+
+def test_linears_as_convolutions(model: GCViT, calibrated: Calibrated, artifact: Artifact, tmp_path: Path) -> None:
+    """For CPUs without VNNI: every product in integers is a convolution, and computes what the linear does."""
+    convolutions = lower_quantized("openvino", calibrated, describe_model(model), AVX2, tmp_path)
+    linears, dense = (len(rounded_products(artifact.path, kind)) for kind in ("MatMul", "Convolution"))
+    assert linears > 20
+    assert not rounded_products(convolutions.path, "MatMul")
+    assert len(rounded_products(convolutions.path, "Convolution")) == linears + dense
+    image = IMAGES[0]
+    with torch.no_grad():
+        simulated = simulate("openvino", calibrated, AVX2)(torch.from_numpy(image)).numpy()
+    assert sqnr_db(backend.load(convolutions.path, 1)(image), simulated) > 30
+    assert sqnr_db(backend.load(artifact.path, 1)(image), simulated) > 30
 
 
 def test_model_info(artifact: Artifact) -> None:
