@@ -11,7 +11,7 @@ from gcvit_edge.backends import backend_names, load_backend, package_version
 from gcvit_edge.cpus import default_threads
 from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
-from gcvit_edge.measurement.machine import cpu_name, has_int8_products, int8_features
+from gcvit_edge.measurement.machine import cpu_name, int8_features, without_int8_products
 from gcvit_edge.progress import Steps
 from gcvit_edge.recipe import parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names
@@ -28,11 +28,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
             with steps.step(f"try {name}"):
                 backends[name] = _try(name)
     failed = [name for name, state in backends.items() if state.startswith("fails")]
-    verdict = (
-        "INT8 runs on this CPU's own INT8 instructions."
-        if has_int8_products()
-        else "This CPU has no INT8 dot product instructions that we know of: INT8 makes files smaller, but hardly faster here."
-    )
+    verdict = without_int8_products() or "INT8 runs on this CPU's own INT8 instructions."
     if failed:
         verdict += f" Not working: {', '.join(failed)}."
     return {

@@ -99,16 +99,16 @@ def stock_table() -> str:
     parts = []
     for cpu in sorted({run[0]["cpu"] for run in runs}):
         here = [run for run in runs if run[0]["cpu"] == cpu]
-        threads = sorted({entry["threads"] for run in here for entry in run})
-        if len(threads) > 1:
-            raise SystemExit(f"results/vs_stock/*.json of {cpu} are of {' and '.join(map(str, threads))} threads; measure all with as many")
+        ways = sorted({f"`{entry['recipe']}`, {entry['threads']} threads" for run in here for entry in run})
+        if len(ways) > 1:
+            raise SystemExit(f"results/vs_stock/*.json of {cpu} are of {' and '.join(ways)}; measure all in one way")
         fastest: dict[str, float] = {}  # by model, for the order: the smallest first
         for entry in (entry for run in here for entry in run):
             fastest[entry["model"]] = min(entry["p50_ms"], fastest.get(entry["model"], entry["p50_ms"]))
         here.sort(key=lambda run: (run[0]["img_size"], fastest[run[0]["model"]], run[0]["runtime"]))
         parts += [
             "",
-            f"{cpu}, {threads[0]} threads, batch 1:",
+            f"{cpu}, {ways[0]}, batch 1:",
             "",
             STOCK_HEADER,
             *(row for run in here for row in stock_rows(run)),

@@ -118,7 +118,7 @@ def test_recipes_do_not_change() -> None:
         ),
         ({"search": {"images": 60, "ranked_by": 100}}, "search: `ranked_by` is a number of the `images`, of which there are 60, got 100$"),
         ({"x86": "avx512"}, "x86: got 'avx512'; .*'vnni' or 'avx2'"),
-        ({"x86": "avx2", "precision": "w4a8", "backends": ["onnx"]}, "`x86: avx2` is for linears in INT8, not for linear, conv in w4a8; leave"),
+        ({"x86": "avx2", "precision": "w4a8", "backends": ["onnx"]}, "avx2` is for linears in INT8, not for linear, conv in w4a8; leave"),
         ({"x86": "avx2", "operators": ["conv"]}, "`x86: avx2` is for linears in INT8, not for conv in int8; leave it out"),
         ({"precision": "bf16", "operators": ["linear", "residual"]}, "residual rounds activations, which bf16 leaves in float"),
     ],

@@ -29,8 +29,8 @@ def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2) -> None:
     """A run against the stock way, as benchmarks/vs_stock.py writes it."""
     entries: list[dict[str, Any]] = [
         {
-            "model": model, "img_size": [224, 224], "cpu": cpu, "threads": threads, "runtime": runtime, "form": form,
-            "precision": precision, "p50_ms": 10.0, "speedup_vs_stock_float": 2.0, "size_bytes": 1_000_000,
+            "model": model, "img_size": [224, 224], "recipe": "int8_ptq", "cpu": cpu, "threads": threads, "runtime": runtime,
+            "form": form, "precision": precision, "p50_ms": 10.0, "speedup_vs_stock_float": 2.0, "size_bytes": 1_000_000,
         }
         for runtime, form, precision in product(script.RUNTIMES, ("stock", "ours"), ("float", "int8"))
     ]  # fmt: skip
@@ -47,15 +47,15 @@ def test_stock_table(script: ModuleType) -> None:
     add_run(script, "gcvit_xxtiny", "A", threads=2)
     add_run(script, "gcvit_xxtiny", "B", threads=4)
     text = script.stock_table()
-    assert "A, 2 threads, batch 1:" in text
-    assert "B, 4 threads, batch 1:" in text
+    assert "A, `int8_ptq`, 2 threads, batch 1:" in text
+    assert "B, `int8_ptq`, 4 threads, batch 1:" in text
     assert text.count("| gcvit_xxtiny, 224 px | openvino | 10.0 ms | 10.0 ms, 2.00x |") == 2
 
 
 def test_stock_table_refuses_different_threads_on_a_cpu(script: ModuleType) -> None:
     add_run(script, "gcvit_xxtiny", "A", threads=2)
     add_run(script, "gcvit_base", "A", threads=4)
-    with pytest.raises(SystemExit, match="of A are of 2 and 4 threads"):
+    with pytest.raises(SystemExit, match="of A are of `int8_ptq`, 2 threads and `int8_ptq`, 4 threads"):
         script.stock_table()
 
 

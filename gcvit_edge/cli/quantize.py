@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     from gcvit_edge.cli import Result
+    from gcvit_edge.measurement.machine import without_int8_products
     from gcvit_edge.pipeline import run_job
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
@@ -83,8 +84,9 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         )
     training = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     skipped = skipped_lines(report["skipped_images"])
-    tables = [*training, results_table(report), *noise_warnings(report), *search_lines(report), seconds_table(report["seconds"])]
-    shown = [*tables, *skipped, f"bundle: {job.output}"]
+    slow = without_int8_products() if "openvino" in job.backends and job.recipe.precision == "int8" and job.recipe.x86 == "vnni" else None
+    notes = [*noise_warnings(report), *([slow] if slow else []), *search_lines(report)]
+    shown = [*training, results_table(report), *notes, seconds_table(report["seconds"]), *skipped, f"bundle: {job.output}"]
     return Result(report | {"bundle": str(job.output)}, shown, error)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import UserError
-from gcvit_edge.measurement.machine import has_int8_products
+from gcvit_edge.measurement.machine import without_int8_products
 
 if TYPE_CHECKING:
     from gcvit_edge.bundle import Bundle
@@ -70,10 +70,8 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
                 profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
     name = list(profiles)[-1]
     lines = verdict(name, profiles[name], profiles.get("float") if name != "float" else None)
-    if profiles[name]["integer"]["count"] and not etdump and not has_int8_products():
-        lines.append(
-            "This CPU has no INT8 dot product instructions that we know of: integer products are hardly faster than float ones here."
-        )
+    if profiles[name]["integer"]["count"] and not etdump and (handicap := without_int8_products()):
+        lines.append(handicap)
     return {
         "model": bundle.info.name,
         "backend": backend,

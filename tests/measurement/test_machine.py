@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from gcvit_edge.measurement.machine import Machine, has_int8_products, parse_facts, this_machine
+from gcvit_edge.measurement.machine import Machine, parse_facts, this_machine, without_int8_products
 
 PI5 = """
 == uname
@@ -128,12 +128,19 @@ def test_what_a_machine_does_not_say_is_absent(text: str) -> None:
     assert machine.cpus == 1
 
 
-@pytest.mark.parametrize(("features", "fast"), [((), False), (("avx2",), False), (("avx2", "avx_vnni"), True)])
-def test_int8_products(features: tuple[str, ...], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "features", "said"),
+    [
+        ("x86_64", (), "int8_ptq_avx2 has."), ("x86_64", ("avx2",), "int8_ptq_avx2 has."), ("x86_64", ("avx2", "avx_vnni"), None),
+        ("aarch64", ("asimd",), "than elsewhere."), ("aarch64", ("asimd", "asimddp"), None),
+    ],
+)  # fmt: skip
+def test_int8_products(architecture: str, features: tuple[str, ...], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = this_machine().model_copy(update={"features": features})
     monkeypatch.setattr("gcvit_edge.measurement.machine.this_machine", lambda: machine)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert has_int8_products() is fast
+    monkeypatch.setattr("platform.machine", lambda: architecture)
+    found = without_int8_products()
+    assert (found is None) if said is None else (found or "").endswith(said)
 
 
 def test_this_machine() -> None:
