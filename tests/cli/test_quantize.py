@@ -19,12 +19,15 @@ from tiny import CALIBRATION_IMAGES, CLASSES, EVALUATION_IMAGES, Tiny
 from torch import Tensor, nn
 
 from gcvit_edge import create_model
+from gcvit_edge.cli.quantize import for_another_cpu
 from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
+from gcvit_edge.measurement.machine import this_machine
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import describe_model
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.plan import plan
+from gcvit_edge.recipe import parse_recipe, recipe_text
 
 
 def test_dry_run_on_the_embedded_sample(command: Command, tmp_path: Path) -> None:
@@ -80,6 +83,23 @@ def test_quantize(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     assert "done calibrate" in done.stderr
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     assert {path.name for path in bundle.iterdir()} >= {"model.float.onnx", "model.int8.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backends", "features", "lines"),
+    [
+        ("int8_ptq", ("openvino", "onnx"), ("avx2",), 1), ("int8_ptq", ("onnx",), ("avx2",), 0),
+        ("int8_ptq_avx2", ("openvino",), ("avx2",), 0), ("fp16", ("openvino",), ("avx2",), 0),
+        ("int8_ptq", ("openvino",), ("avx2", "avx512_vnni"), 0),
+    ],
+)  # fmt: skip
+def test_a_recipe_for_another_cpu(
+    recipe: str, backends: tuple[str, ...], features: tuple[str, ...], lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = this_machine().model_copy(update={"features": features})
+    monkeypatch.setattr("gcvit_edge.measurement.machine.this_machine", lambda: machine)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert len(for_another_cpu(parse_recipe(recipe_text(recipe), recipe), backends)) == lines
 
 
 def test_broken_limits_are_exit_3(command: Command, tiny: Tiny, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
