@@ -141,7 +141,7 @@ BARS = {  # grey: the stock way, blue: ours
 
 
 def stock_picture() -> "Figure":
-    """Bars of the median latency at 224 px: a row for each model, a column for each CPU that ran them all; above INT8 how much faster than
+    """Bars of the median latency at 224 px: a column for each model, a row for each CPU that ran them all; above INT8 how much faster than
     stock float."""
     from matplotlib.figure import Figure
 
@@ -152,9 +152,9 @@ def stock_picture() -> "Figure":
     cpus = sorted(cpu for cpu in {cpu for _, cpu in runs} if all((model, cpu) in runs for model in PICTURED))
     if not cpus:
         raise SystemExit(f"results/vs_stock has no CPU that ran all of {', '.join(PICTURED)}, which the picture shows")
-    figure = Figure(figsize=(10, 5.4), layout="constrained")
-    grid = figure.subplots(len(PICTURED), len(cpus), squeeze=False, sharey="row")
-    for axes, (model, cpu) in zip(grid.flat, ((model, cpu) for model in PICTURED for cpu in cpus), strict=True):
+    figure = Figure(figsize=(10, 0.4 + 2.1 * len(cpus)), layout="constrained")
+    grid = figure.subplots(len(cpus), len(PICTURED), squeeze=False, sharey="col")
+    for axes, (cpu, model) in zip(grid.flat, product(cpus, PICTURED), strict=True):
         entries = {(entry["runtime"], entry["form"], entry["precision"]): entry for entry in runs[model, cpu]}
         for place, (key, (label, color)) in enumerate(BARS.items()):
             bars = [entries[runtime, *key] for runtime in RUNTIMES]

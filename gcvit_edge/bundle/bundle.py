@@ -96,12 +96,10 @@ class Bundle:
 
         Raises:
             UserError: the bundle has none of this backend.
-            CheckFailed: a file of it is missing or was changed, of which runtimes say nothing that helps, or nothing at all.
+            CheckFailed: as `verify_artifact`.
         """
         artifact = self.artifact(backend)
-        for file in self.manifest.files:
-            if self.root / file.path in artifact.files:
-                self._verify_file(file)
+        self.verify_artifact(artifact)
         return load_backend(artifact.backend).load(artifact.path, threads or default_threads())
 
     def predict(self, images: list[Path], backend: str | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
@@ -109,7 +107,7 @@ class Bundle:
 
         Raises:
             UserError: an image is missing or does not decode, `top` is below 1, or the bundle has no artifact of that backend.
-            CheckFailed: as `runner`.
+            CheckFailed: as `verify_artifact`.
         """
         if top < 1:
             raise UserError(f"top must be at least 1, got {top}")
@@ -164,6 +162,12 @@ class Bundle:
         self._verify_files()
         self._verify_preprocessing()
         return {artifact.name: self._replay(artifact) for artifact in self.artifacts}
+
+    def verify_artifact(self, artifact: Artifact) -> None:
+        """Raises CheckFailed if a file of it is missing or was changed, of which runtimes say nothing that helps, or nothing at all."""
+        for file in self.manifest.files:
+            if self.root / file.path in artifact.files:
+                self._verify_file(file)
 
     def _verify_files(self) -> None:
         listed = {MANIFEST}

@@ -53,7 +53,7 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
 
     Raises:
         UserError: a device cannot be reached or can run nothing of the bundle. Of several devices, see `Run.error`.
-        CheckFailed: no artifact runs on the device. Of several devices, or if only some do not run, see `Run.error`.
+        CheckFailed: an artifact was changed, or none runs on the device. Of several devices, or if only some do not run, see `Run.error`.
     """
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
@@ -95,10 +95,18 @@ def _report(bundle: Bundle, mode: Any, runs: Sequence[Run], skipped: Sequence[st
 
 
 def _artifacts(bundle: Bundle, backends: Sequence[str] | None) -> list[Artifact]:
-    """The artifacts of these backends; raises UserError if the bundle has none of one of them."""
+    """The artifacts of these backends.
+
+    Raises:
+        UserError: the bundle has none of one of them.
+        CheckFailed: one of them was changed after the bundle was made.
+    """
     for backend in backends or ():
         bundle.artifact(backend)
-    return [artifact for artifact in bundle.artifacts if not backends or artifact.backend in backends]
+    artifacts = [artifact for artifact in bundle.artifacts if not backends or artifact.backend in backends]
+    for artifact in artifacts:
+        bundle.verify_artifact(artifact)
+    return artifacts
 
 
 def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, list[Case]], list[Result]], *, alone: bool) -> Run:
