@@ -12,7 +12,7 @@ def results_table(report: dict[str, Any]) -> Table:
     machine = report["machine"]
     table = Table(
         title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
-        caption="drop in points, SQNR in dB; below them, 95 % intervals; ms: median, batch 1,\n"
+        caption="drop in points, SQNR in dB; below them, 95 % intervals; ms: median, batch 1, "
         f"{machine['threads']} threads, {escape(machine['cpu'])}",
         title_justify="left",
         caption_justify="left",

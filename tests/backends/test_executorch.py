@@ -74,7 +74,7 @@ def small_float(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
 @pytest.fixture(scope="module")
 def small_int8(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    return lowered(backend.arithmetic(OPERATORS), tmp_path_factory.mktemp("int8"))
+    return lowered(backend.arithmetic(OPERATORS, "vnni"), tmp_path_factory.mktemp("int8"))
 
 
 @pytest.fixture(params=["small_float", pytest.param("small_int8", marks=pytest.mark.slow)])
@@ -105,7 +105,7 @@ def test_dynamic_linears_load_and_are_more_exact(small_float: Lowered, tmp_path:
     expected = answers(small_float)
     noise = {}
     for linear in ("static", "dynamic_row"):
-        arithmetic = dataclasses.replace(backend.arithmetic(OPERATORS), linear=linear, mlp=linear, delicate=linear)
+        arithmetic = dataclasses.replace(backend.arithmetic(OPERATORS, "vnni"), linear=linear, mlp=linear, delicate=linear)
         noise[linear] = sqnr_db(answers(lowered(arithmetic, tmp_path)), expected)
     assert noise["dynamic_row"] > noise["static"] > 25
 
@@ -176,7 +176,7 @@ def test_products_of_attention_are_integer_if_asked_for(tmp_path: Path) -> None:
     model = small_model()
     operators = frozenset({"linear", "conv", "attention"})
     deployed = rewrite(deploy(model), backend.form(operators))
-    quantized = quantize(deployed, operators, backend.arithmetic(operators), observe(deployed, lambda: iter(IMAGES)))
+    quantized = quantize(deployed, operators, backend.arithmetic(operators, "vnni"), observe(deployed, lambda: iter(IMAGES)))
     backend.save(backend.capture(quantized, torch.zeros(1, 3, *model.config.img_size)), tmp_path / "model.pte", describe_model(model))
     operators_run, calls = backend.profile(tmp_path / "model.pte", 1, IMAGES[0], 2)
     products = [each for each in operators_run if each.operator.startswith("Batch Matrix Multiply")]
@@ -196,7 +196,7 @@ def test_anything_that_can_stay_float_may(tmp_path: Path) -> None:
     kept = {f"{block}.{name}" for name in ("residual1", "attention.scores", "attention.k", "fc2")}
     kept |= {f"stages.1.blocks.0.{name}" for name in ("residual2", "attention.softmax", "attention.value")}
     assert kept <= set(layer_names(deployed))
-    quantized = quantize(deployed, operators, backend.arithmetic(operators), ranges, keep=kept)
+    quantized = quantize(deployed, operators, backend.arithmetic(operators, "vnni"), ranges, keep=kept)
     (file,) = backend.save(backend.capture(quantized, torch.zeros(1, 3, *model.config.img_size)), tmp_path / "x.pte", describe_model(model))
     with torch.no_grad():
         simulated = quantized(torch.from_numpy(IMAGES[0])).numpy()
