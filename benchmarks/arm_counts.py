@@ -8,13 +8,13 @@ difference of two inferences and one. The answer of each file there must be the 
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _entries import save
 from rich.console import Console
 from rich.table import Table
 from stock import stock_made_by
@@ -102,7 +102,7 @@ def main() -> None:
         table.add_row(each["cpu"], each["form"], each["precision"], *numbers, f"{each['sqnr_db']:.1f} dB")
     Console(width=120).print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+        save(entries, arguments.json)
 
 
 if __name__ == "__main__":

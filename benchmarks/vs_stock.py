@@ -13,7 +13,6 @@ the logits of PyTorch: a fast wrong answer is no result.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _entries import save
 from _random_network import random_network
 from rich.console import Console
 from rich.table import Table
@@ -236,13 +236,12 @@ def main() -> None:
         stock = {runtime: timing for runtime, form, artifact, timing, _ in timed if (form, artifact.precision) == ("stock", "float")}
         what = {
             "model": arguments.model, "img_size": list(model.config.img_size), "recipe": arguments.recipe, "cpu": arguments.cpu,
-            "threads": arguments.threads,
-            "gmac": round(work / 1e9, 3), "integer_gmac_per_s": peak and round(peak / 1e9, 1),
+            "threads": arguments.threads, "gmac": round(work / 1e9, 3), "integer_gmac_per_s": peak and round(peak / 1e9, 1),
             "floor_ms": peak and round(1000 * work / peak, 3),
         }  # fmt: skip
         entries = [what | entry(*each, stock[each[0]]) for each in timed]
     if arguments.json:
-        arguments.json.write_text(json.dumps(entries, indent=2) + "\n")
+        save(entries, arguments.json)
     table = Table("runtime", "form", "precision", title=f"{arguments.model}, {arguments.cpu}, {arguments.threads} threads, batch 1")
     for heading in ("ms p50", "min", "x stock float", "MB", "load ms", "peak MB"):
         table.add_column(heading, justify="right")

@@ -1,6 +1,5 @@
 """scripts/update_results.py: what it refuses to put side by side."""
 
-import importlib.util
 import json
 from itertools import product
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from programs import program
 
 PATH = Path(__file__).parents[1] / "scripts" / "update_results.py"
 
@@ -15,11 +15,7 @@ PATH = Path(__file__).parents[1] / "scripts" / "update_results.py"
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with an empty folder as the checkout."""
-    spec = importlib.util.spec_from_file_location("update_results", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = program(PATH)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "results" / "vs_stock").mkdir(parents=True)
     return module

@@ -16,10 +16,8 @@ from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 RECIPE = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
-
-
 AVX2 = parse_recipe(recipe_text("int8_ptq_avx2"), "int8_ptq_avx2")
+IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 
 
 @pytest.fixture(scope="module")

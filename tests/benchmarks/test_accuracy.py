@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmark_programs import benchmark_program
 from interrupted import interrupted_writing
+from programs import benchmark_program
 
 
 @pytest.fixture(scope="module")

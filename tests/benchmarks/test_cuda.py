@@ -6,19 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_programs import benchmark_program
 from interrupted import interrupted_writing
+from programs import benchmark_file, benchmark_program
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
 # not bfloat16, which takes minutes on CPUs without instructions for it; with CUDA graphs it fails on any CPU
 EAGER, GRAPHS = "float32 eager", "bfloat16 graphs"
 
 
 @pytest.fixture
 def benchmark() -> Path:
-    if not FILE.is_file():
-        pytest.skip("a source distribution has no benchmarks")
-    return FILE
+    return benchmark_file("cuda")
 
 
 def run(benchmark: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

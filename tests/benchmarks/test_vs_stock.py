@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmark_programs import benchmark_program
+from programs import benchmark_program
 
 from gcvit_edge.measurement.accuracy import sqnr_db
 
