@@ -43,7 +43,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
 
     Raises:
         UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch or is no ETDump.
-        CheckFailed: the golden input of the bundle is missing or damaged.
+        CheckFailed: the golden input of the bundle, or an artifact, is missing or was changed.
     """
     from gcvit_edge.backends import load_backend
     from gcvit_edge.cpus import resolve_threads
@@ -64,6 +64,8 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         with steps.step(f"read {etdump.name}"):
             profiles[named if named in ("float", *get_args(Precision)) else etdump.name] = summarize(*read_etdump(etdump))
     else:
+        for artifact in artifacts.values():
+            bundle.verify_artifact(artifact)
         threads, image = resolve_threads(threads), bundle.golden_input()[:1]
         for precision in sorted(artifacts, key=lambda precision: precision != "float"):
             with steps.step(f"profile {backend}.{precision}"):

@@ -163,11 +163,11 @@ def test_a_fast_wrong_answer_is_exit_5(command: Command, bundle: Path, tmp_path:
     assert results["int8"]["latency"]["p50_ms"] > 0
 
 
-@pytest.mark.parametrize("verb", ["benchmark", "evaluate"])
+@pytest.mark.parametrize("verb", ["benchmark", "evaluate", "profile"])
 def test_a_damaged_artifact_is_not_measured(verb: str, command: Command, bundle: Path, tiny: Tiny, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy")
     (copy / "model.int8.onnx").write_bytes((copy / "model.int8.onnx").read_bytes()[:-1])
-    outcome = command(verb, copy, *(["--data", tiny.evaluation] if verb == "evaluate" else []))
+    outcome = command(verb, copy, *{"benchmark": [], "evaluate": ["--data", tiny.evaluation], "profile": ["--backend", "onnx"]}[verb])
     assert outcome.code == 4
     assert "error: model.int8.onnx was changed after the bundle was made" in outcome.err
 
