@@ -59,11 +59,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> "argparse._Argument
     return group
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse.ArgumentParser, default: str = "as many as there are CPUs for this process") -> None:
     """--threads."""
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of a timed artifact (default: as many as there are CPUs for this process)"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help=f"CPU threads of a timed artifact (default: {default})")
 
 
 def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> None:
@@ -83,7 +81,7 @@ def add_devices(parser: argparse.ArgumentParser, *, evaluates: bool = False) -> 
         text = "CPU threads of an artifact on targets that run one at a time (default: the CPUs; others run several, of one thread each)"
         parser.add_argument("--threads", type=int, metavar="N", help=text)
     else:
-        add_threads(parser)
+        add_threads(parser, "the CPUs of the device; here, those for this process")
     for name, options in _target_options().items():
         takers, (field, kind) = ", ".join(options), next(iter(options.values()))
         if evaluates and field.metadata.get("benchmark"):
