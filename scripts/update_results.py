@@ -17,10 +17,9 @@ GC ViT-XXT and B of results/vs_stock; it needs matplotlib.
 import json
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from _picture import RUNTIMES, save_picture, stock_picture
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,54 +129,36 @@ def stock_rows(entries: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-PICTURED = ("gcvit_xxtiny", "gcvit_base")
-RUNTIMES = {"executorch": "ExecuTorch", "openvino": "OpenVINO", "onnx": "ONNX Runtime"}
-BARS = {  # grey: the stock way, blue: ours
-    ("stock", "float"): ("stock float", "#cccccc"),
-    ("stock", "int8"): ("stock INT8", "#8a8a8a"),
-    ("ours", "float"): ("our float", "#9ecae1"),
-    ("ours", "int8"): ("our INT8", "#2166ac"),
-}
+GROWTH_BEGIN, GROWTH_END = "<!-- growth -->", "<!-- /growth -->"
+SIZES = {"gcvit_xxtiny": "XXT", "gcvit_tiny": "T", "gcvit_small": "S", "gcvit_base": "B"}
 
 
-def stock_picture() -> "Figure":
-    """Bars of the median latency at 224 px: a column for each model, a row for each CPU that ran them all; above INT8 how much faster than
-    stock float."""
-    from matplotlib.figure import Figure
-
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def growth_table() -> str:
+    """How cost grows with the size of the model, and how near the fastest artifact is to the machine's floor (which older runs do not
+    say), markers included."""
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by CPU and model; float32 alone, in which every CPU ran
     for run in stock_runs():
-        if run[0]["img_size"] == [224, 224]:
-            runs.setdefault((run[0]["model"], run[0]["cpu"]), []).extend(run)
-    cpus = sorted(cpu for cpu in {cpu for _, cpu in runs} if all((model, cpu) in runs for model in PICTURED))
-    if not cpus:
-        raise SystemExit(f"results/vs_stock has no CPU that ran all of {', '.join(PICTURED)}, which the picture shows")
-    figure = Figure(figsize=(10, 0.4 + 2.1 * len(cpus)), layout="constrained")
-    grid = figure.subplots(len(cpus), len(PICTURED), squeeze=False, sharey="col")
-    for axes, (cpu, model) in zip(grid.flat, product(cpus, PICTURED), strict=True):
-        entries = {(entry["runtime"], entry["form"], entry["precision"]): entry for entry in runs[model, cpu]}
-        for place, (key, (label, color)) in enumerate(BARS.items()):
-            bars = [entries[runtime, *key] for runtime in RUNTIMES]
-            at = [group + 0.2 * (place - 1.5) for group in range(len(bars))]
-            axes.bar(at, [bar["p50_ms"] for bar in bars], width=0.19, color=color, label=label)
-            for x, bar in zip(at, bars, strict=True):
-                if key[1] == "int8":
-                    axes.text(x, bar["p50_ms"], f"{bar['speedup_vs_stock_float']:.1f}x", ha="center", va="bottom", fontsize=8)
-        axes.set_title(f"{model}, {cpu.replace('(R)', '').removesuffix(' Processor')}", fontsize=10, loc="left")
-        axes.set_xticks(range(len(RUNTIMES)), list(RUNTIMES.values()))
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("ms, median")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(BARS), frameon=False, fontsize=9)
-    return figure
-
-
-def save_picture(figure: "Figure", file: Path) -> None:
-    """Writes an SVG, the same to the byte for the same results."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": file.stem}):
-        figure.savefig(file, metadata={"Date": None})
+        if run[0]["img_size"] == [224, 224] and run[0]["model"] in SIZES and not run[0]["runtime"].endswith("bf16"):
+            runs.setdefault(run[0]["cpu"], {})[run[0]["model"]] = run
+    gmac = {model: run[0]["gmac"] for here in runs.values() for model, run in here.items() if "gmac" in run[0]}
+    products = " / ".join(f"{gmac[model] / gmac['gcvit_xxtiny']:.2f}" for model in list(SIZES)[1:])
+    lines = [f"| multiplications ({', '.join(f'{gmac[model]:.2f}' for model in SIZES)} GMAC) |{f' {products} |' * len(RUNTIMES)} | |"]
+    for cpu, here in sorted(runs.items()):
+        models = [model for model in SIZES if model in here]
+        ours = {
+            (model, entry["runtime"]): entry["p50_ms"]
+            for model in models for entry in here[model] if (entry["form"], entry["precision"]) == ("ours", "int8")
+        }  # fmt: skip
+        cells = [" / ".join(f"{ours[model, each] / ours['gcvit_xxtiny', each]:.1f}" for model in models[1:]) for each in RUNTIMES]
+        floor = {model: here[model][0]["floor_ms"] for model in models if "floor_ms" in here[model][0]}
+        floors = " / ".join(f"{ms:.1f}" for ms in floor.values())
+        nearest = " / ".join(f"{min(entry['p50_ms'] for entry in here[model]) / ms:.1f}" for model, ms in floor.items())
+        lines.append(f"| {cpu}: {', '.join(SIZES[model] for model in models[1:])} | {' | '.join([*cells, floors, nearest])} |")
+    heads = header(
+        "INT8's time, as a multiple of XXT's",
+        numbers=f"{' | '.join(RUNTIMES.values())} | floor, ms: XXT and these | fastest artifact, floors",
+    )  # fmt: skip
+    return "\n".join([GROWTH_BEGIN, heads, *lines, GROWTH_END])
 
 
 ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
@@ -282,6 +263,7 @@ def updated(text: str) -> str:
     for begin, section, end in (
         (BEGIN, table, END),
         (STOCK_BEGIN, stock_table, STOCK_END),
+        (GROWTH_BEGIN, growth_table, GROWTH_END),
         (ARM_BEGIN, arm_table, ARM_END),
         (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
         (QAT_BEGIN, qat_table, QAT_END),
@@ -294,7 +276,7 @@ def updated(text: str) -> str:
 def main() -> None:
     """Makes everything before it writes anything, since any of it may be refused."""
     readme = ROOT / "README.md"
-    text, picture = updated(readme.read_text()), stock_picture()
+    text, picture = updated(readme.read_text()), stock_picture(stock_runs())
     readme.write_text(text)
     save_picture(picture, ROOT / "results" / "vs_stock.svg")
 

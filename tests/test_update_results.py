@@ -21,12 +21,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2) -> None:
-    """A run against the stock way, as benchmarks/vs_stock.py writes it."""
+def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2, gmac: float = 2.0, ms: float = 10.0) -> None:
+    """A run against the stock way, as benchmarks/vs_stock.py writes it. ms: of our INT8; all else takes 10."""
     entries: list[dict[str, Any]] = [
         {
-            "model": model, "img_size": [224, 224], "recipe": "int8_ptq", "cpu": cpu, "threads": threads, "runtime": runtime,
-            "form": form, "precision": precision, "p50_ms": 10.0, "speedup_vs_stock_float": 2.0, "size_bytes": 1_000_000,
+            "model": model, "img_size": [224, 224], "recipe": "int8_ptq", "cpu": cpu, "threads": threads, "gmac": gmac,
+            "floor_ms": gmac, "runtime": runtime, "form": form, "precision": precision,
+            "p50_ms": ms if (form, precision) == ("ours", "int8") else 10.0, "speedup_vs_stock_float": 2.0, "size_bytes": 1_000_000,
         }
         for runtime, form, precision in product(script.RUNTIMES, ("stock", "ours"), ("float", "int8"))
     ]  # fmt: skip
@@ -55,11 +56,22 @@ def test_stock_table_refuses_different_threads_on_a_cpu(script: ModuleType) -> N
         script.stock_table()
 
 
+def test_growth_table_has_what_each_cpu_ran_in_the_order_of_size(script: ModuleType) -> None:
+    for model, gmac, ms in (("gcvit_base", 14.0, 12.0), ("gcvit_xxtiny", 2.0, 3.0), ("gcvit_tiny", 5.0, 6.0)):
+        add_run(script, model, "A", gmac=gmac, ms=ms)
+    add_run(script, "gcvit_xxtiny", "B", gmac=2.0, ms=4.0)
+    add_run(script, "gcvit_small", "B", gmac=8.0, ms=9.0)
+    *_, multiplications, a, b, _ = script.growth_table().splitlines()
+    assert multiplications == f"| multiplications (2.00, 5.00, 8.00, 14.00 GMAC) |{' 2.50 / 4.00 / 7.00 |' * 3} | |"
+    assert a == "| A: T, B | 2.0 / 4.0 | 2.0 / 4.0 | 2.0 / 4.0 | 2.0 / 5.0 / 14.0 | 1.5 / 1.2 / 0.7 |"
+    assert b == "| B: S | 2.2 | 2.2 | 2.2 | 2.0 / 8.0 | 2.0 / 1.1 |"
+
+
 def test_stock_picture_shows_the_cpus_that_ran_every_model(script: ModuleType) -> None:
     pytest.importorskip("matplotlib")
     for model, cpu in (("gcvit_xxtiny", "A"), ("gcvit_base", "A"), ("gcvit_xxtiny", "B")):
         add_run(script, model, cpu)
-    titles = [axes.get_title(loc="left") for axes in script.stock_picture().axes]
+    titles = [axes.get_title(loc="left") for axes in script.stock_picture(script.stock_runs()).axes]
     assert titles == ["gcvit_xxtiny, A", "gcvit_base, A"]
 
 
@@ -94,7 +106,7 @@ def test_nothing_is_written_where_the_picture_is_refused(script: ModuleType, mon
     markers = "".join(f"{getattr(script, name)}\n" for name in dir(script) if name.endswith(("BEGIN", "END")))
     readme = script.ROOT / "README.md"
     readme.write_text(markers)
-    for section in ("table", "arm_table", "accuracy_table", "qat_table", "auto_table"):  # their results are not there
+    for section in ("table", "growth_table", "arm_table", "accuracy_table", "qat_table", "auto_table"):  # their results are not there
         monkeypatch.setattr(script, section, str)
     with pytest.raises(SystemExit, match="no CPU that ran all of gcvit_xxtiny, gcvit_base"):
         script.main()
