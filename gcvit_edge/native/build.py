@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -24,6 +26,7 @@ from gcvit_edge.paths import is_full
 
 RUNNER = "gcvit-edge-runner"
 _SOURCES = Path(__file__).parent
+_DAY = 86_400  # seconds; no build takes as long
 _CMAKE_VARIABLES = ("CC", "CXX", "LDFLAGS", "CMAKE_")  # how environment variables begin that it reads
 
 
@@ -192,6 +195,7 @@ def _kept(name: str, decided_by: Sequence[str], make: Callable[[Path], None]) ->
     if not folder.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
+            _clean(root)
             with tempfile.TemporaryDirectory(prefix="unfinished-", dir=root) as parent:
                 made = Path(parent) / "made"
                 make(made)
@@ -202,6 +206,14 @@ def _kept(name: str, decided_by: Sequence[str], make: Callable[[Path], None]) ->
             if not folder.is_dir():  # else another process was first
                 raise UserError(f"cannot write {folder}: {error}; set XDG_CACHE_HOME to a folder that can be written") from error
     return folder
+
+
+def _clean(root: Path) -> None:
+    """Removes what was left unfinished there by processes that were killed."""
+    for unfinished in root.glob("unfinished-*"):
+        with suppress(OSError):  # another process was first
+            if time.time() - unfinished.stat().st_mtime > _DAY:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _texts(names: Sequence[str]) -> list[str]:

@@ -104,12 +104,10 @@ class Odpm {
  public:
   explicit Odpm(std::filesystem::path path) : path_(std::move(path)) {}
 
-  void begin() {
-    const double limit = seconds() + 0.1;
-    do {
-      start_ = read();
-    } while (seconds() - start_.time > 0.005 && seconds() < limit && (std::this_thread::sleep_for(std::chrono::milliseconds(5)), true));
-  }
+  void begin() { start_ = read(); }
+
+  // Whether new counts have just been passed on.
+  bool fresh() const { return seconds() - read().time < 0.005; }
 
   void end(double from, double to, Joules& joules) const {
     const auto now = read();
@@ -251,6 +249,16 @@ class Meter {
     }
   }
 
+  // Waits until what chips count is new, or can be seen not to come, which need not be seen twice; before begin(), so that between the two
+  // there may be inferences, and no pause before what is timed.
+  void wait() {
+    const double limit = seconds() + 0.1;
+    while (timely_ && !std::all_of(chips_.begin(), chips_.end(), [](const Odpm& chip) { return chip.fresh(); })) {
+      timely_ = seconds() < limit;
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+  }
+
   void begin() {
     for (auto& chip : chips_) chip.begin();
     sensors_.begin();
@@ -271,6 +279,7 @@ class Meter {
   Rapl rapl_;
   std::vector<Odpm> chips_;
   Ina3221 sensors_;
+  bool timely_ = true;
   double start_ = 0;
 };
 

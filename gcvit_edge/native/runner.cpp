@@ -189,12 +189,12 @@ class Server {
   void answer(const std::vector<std::string>& words) {
     if (words.size() == 7 && words[0] == "infer") {
       infer(words[1], words[2], parse_count(words[3], "N"), shape_of(words, 4));
-    } else if (words.size() == 6 && words[0] == "time") {
-      time(words[1], parse_count(words[2], "RUNS"), shape_of(words, 3));
+    } else if (words.size() == 7 && words[0] == "time") {
+      time(words[1], parse_count(words[2], "UNTIMED"), parse_count(words[3], "RUNS"), shape_of(words, 4));
     } else if (words.size() == 1 && words[0] == "memory") {
       std::fprintf(answers_, "{\"peak_rss_mb\": %.3f}\n", peak_rss_mb());
     } else {
-      fail("unknown command '" + (words.empty() ? "" : words[0]) + "'; known: infer IN OUT N C H W, time IN RUNS C H W, memory");
+      fail("unknown command '" + (words.empty() ? "" : words[0]) + "'; known: infer IN OUT N C H W, time IN UNTIMED RUNS C H W, memory");
     }
     std::fflush(answers_);
   }
@@ -224,9 +224,11 @@ class Server {
     std::fprintf(answers_, "{\"finished\": true}\n");
   }
 
-  void time(const std::string& source, int runs, const Shape& shape) {
+  void time(const std::string& source, int untimed, int runs, const Shape& shape) {
     std::ifstream file(source, std::ios::binary);
     auto image = read_floats(file, source, size_of(shape));
+    meter_.wait();
+    for (int i = 0; i < untimed; ++i) network_->run(image.data(), shape);
     if (tracer_ != nullptr) tracer_->reset();  // leaves out loading and earlier inferences
     std::vector<double> times;
     meter_.begin();

@@ -54,8 +54,10 @@ def serve(import_runtime: Callable[[], str], load: Callable[[], Runner]) -> None
                         answer({"done": 1})
                 np.concatenate(logits).astype("<f4").tofile(target)
                 answer({"finished": True})
-            case "time", source, runs, *shape:
+            case "time", source, untimed, runs, *shape:
                 image = np.fromfile(source, "<f4").reshape((1, *map(int, shape)))
+                for _ in range(int(untimed)):
+                    run(image)
                 counters = energy.read()
                 ms = [_milliseconds(run, image) for _ in range(int(runs))]
                 answer({"ms": ms, "joules": energy.since(counters)})

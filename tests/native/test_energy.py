@@ -73,7 +73,7 @@ def run(
         assert runner.stderr
 
         def ask(runs: int) -> dict:
-            print("time", sys_folder.parent / "in.f32", runs, shape, sep="\t", file=runner.stdin, flush=True)
+            print("time", sys_folder.parent / "in.f32", 1, runs, shape, sep="\t", file=runner.stdin, flush=True)
             return json.loads(runner.stdout.readline())
 
         if not runner.stdout.readline():
@@ -136,8 +136,15 @@ def test_counters_of_a_phone(pte_bundle: Bundle, sys_folder: Path) -> None:
 
 def test_counts_that_are_too_rare_are_left_out(pte_bundle: Bundle, sys_folder: Path) -> None:
     """Those in the file are of another time than the inferences."""
-    with every(0.002, odpm(sys_folder / "bus" / "iio" / "devices" / "iio:device0" / "energy_value", 1.0)):
+    with every(0.002, odpm(sys_folder / "bus" / "iio" / "devices" / "iio:device0" / "energy_value", 60.0)):
         assert run(pte_bundle, sys_folder, 0.3)[1] == {}
+
+
+def test_counts_that_do_not_come_are_waited_for_once(pte_bundle: Bundle, sys_folder: Path) -> None:
+    write(sys_folder / "bus" / "iio" / "devices" / "iio:device0" / "energy_value", "t=1\nCH0(T=1)[S4M_VDD_CPUCL0], 1")
+    started = []
+    run(pte_bundle, sys_folder, 0.01, lambda: started.append(time.monotonic()))  # its warm-up has waited
+    assert time.monotonic() - started[0] < 0.1
 
 
 @pytest.fixture

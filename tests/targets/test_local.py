@@ -52,7 +52,8 @@ def test_protocol(bundle: Bundle, tmp_path: Path) -> None:
     inputs.tofile(tmp_path / "in.f32")
     inputs[:1].tofile(tmp_path / "one.f32")
     shape = "\t".join(map(str, inputs.shape))
-    commands = f"infer\t{tmp_path}/in.f32\t{tmp_path}/out.f32\t{shape}\ntime\t{tmp_path}/one.f32\t2\t{shape.partition(chr(9))[2]}\nmemory\n"
+    size = shape.partition("\t")[2]
+    commands = f"infer\t{tmp_path}/in.f32\t{tmp_path}/out.f32\t{shape}\ntime\t{tmp_path}/one.f32\t1\t2\t{size}\nmemory\n"
     worker = [sys.executable, "-m", "gcvit_edge.targets._worker", "onnx", str(artifact.path), "1"]
     done = subprocess.run(worker, input=commands, capture_output=True, text=True, timeout=60, check=True)
     ready, *images, finished, timed, memory = map(json.loads, done.stdout.splitlines())

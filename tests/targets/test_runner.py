@@ -110,9 +110,10 @@ def test_refused(words: list[str], message: str, runner: RunnerFiles, artifact: 
     ("command", "message"),
     [
         ("run\tx", "unknown command 'run'; known: infer IN OUT N C H W"),
-        ("time\tshort.f32\t1\t3\t64\t64", "short.f32 has fewer than 12288 float32 values"),
-        ("time\tshort.f32\t-1\t1\t1\t1", "RUNS must be a whole number from 0, got '-1'"),
-        ("time\tshort.f32\t1\t1\t1\t1", "cannot run: ExecuTorch says Error::"),
+        ("time\tshort.f32\t0\t1\t3\t64\t64", "short.f32 has fewer than 12288 float32 values"),
+        ("time\tshort.f32\t0\t-1\t1\t1\t1", "RUNS must be a whole number from 0, got '-1'"),
+        ("time\tshort.f32\t-1\t1\t1\t1\t1", "UNTIMED must be a whole number from 0, got '-1'"),
+        ("time\tshort.f32\t0\t1\t1\t1\t1", "cannot run: ExecuTorch says Error::"),
     ],
 )
 def test_commands_that_fail(command: str, message: str, runner: RunnerFiles, artifact: Artifact, tmp_path: Path) -> None:

@@ -66,11 +66,10 @@ class Web(Connection):
     timeout: float
 
     def machine(self) -> "Machine":
-        from gcvit_edge.cpus import default_threads
         from gcvit_edge.measurement.machine import this_machine
 
         here = this_machine()
-        return here.model_copy(update={"cpus": default_threads(), "system": f"{here.system}, {self.version}"})
+        return here.model_copy(update={"system": f"{here.system}, {self.version}"})
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> "Session":
         """Never pinned: a browser has processes of its own, which would then wait for the threads that are timed."""
@@ -117,12 +116,13 @@ class Session(BaseSession):
             advance()
         return np.stack(logits).astype(np.float32)
 
-    def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
+    def time(self, image: "NDArray[np.float32]", runs: int, untimed: int = 0) -> Timed:
         self._server.images = image.astype("<f4")
         energy = Rapl()
         counters = energy.read()
-        ms = self._command("time", runs=runs, shape=image.shape[1:])["ms"]
-        return Timed(tuple(ms), energy.since(counters))
+        ms = self._command("time", runs=untimed + runs, shape=image.shape[1:])["ms"]
+        timed = ms[untimed:]
+        return Timed(tuple(timed), {rail: used * sum(timed) / sum(ms) for rail, used in energy.since(counters).items()})
 
     def peak_rss_mb(self) -> float:
         return self._browser.peak_rss_mb()
