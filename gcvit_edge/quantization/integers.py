@@ -63,11 +63,14 @@ class IntegerWeight(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, least: Tensor | None = None) -> None:
+        """least: (out,), what scales are at least."""
         super().__init__()
         pairs = _pairs(weight.detach().double())  # exact: in float32 the largest pair might be rounded to 127 or 129
         largest, largest_sum = (each.abs().flatten(1).amax(1) for each in (pairs, pairs.sum(2)))
         scale = torch.maximum(largest / self.LIMITS[1], largest_sum / self.PAIR).clamp_min(1e-12)
+        if least is not None:
+            scale = torch.maximum(scale, least)
         values = torch.round(pairs / scale.view(-1, 1, 1, 1))
         values[:, :, 1] = self._beside(values[:, :, 1], values[:, :, 0])
         self.register_buffer("values", _channels(values, weight.shape).to(torch.int8).contiguous())

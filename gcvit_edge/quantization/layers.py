@@ -43,7 +43,10 @@ class StaticLayer(Product):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input: Affine, output: Affine | None) -> None:
         super().__init__(layer)
-        self.weight = IntegerWeight(layer.weight)
+        # XNNPACK has the bias in 32 bits, in steps of both scales: of a row of next to no weights it would not fit. Weights that vanish in
+        # larger steps are nothing beside such a bias
+        least = None if layer.bias is None else layer.bias.detach().abs().double() / (input.scale * 2**30)
+        self.weight = IntegerWeight(layer.weight, least)
         self.input, self.output = input, output
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.model.deploy import deploy, rewrite
 from gcvit_edge.quantization.arithmetic import Arithmetic
+from gcvit_edge.quantization.integers import Affine
 from gcvit_edge.quantization.keep import layer_names
-from gcvit_edge.quantization.layers import DynamicConv2d
+from gcvit_edge.quantization.layers import DynamicConv2d, StaticLayer
 from gcvit_edge.quantization.ranges import observe
 from gcvit_edge.quantization.scheme import quantize
 
@@ -113,6 +114,24 @@ def test_dynamic_linears_load_and_are_more_exact(small_float: Lowered, tmp_path:
 def answers(artifact: Lowered) -> np.ndarray:
     run = backend.load(artifact.file, 1)
     return np.concatenate([run(image) for image in IMAGES])
+
+
+@pytest.mark.parametrize("bias", [3.0, -3.0])
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.05])
+def test_biases_of_rows_without_weights(weight: float, bias: float, tmp_path: Path) -> None:
+    """As pruned networks have them; in steps of the input's and the row's scale they would not fit XNNPACK's 32 bits."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(1, 16, 32), torch.nn.Linear(32, 16).eval()
+    with torch.no_grad():
+        linear.weight[:4] *= weight / linear.weight[:4].abs().max()
+        linear.bias[:4] = bias
+    layer = StaticLayer(linear, Affine.of_range(-4, 4, "int8"), Affine.of_range(-4, 4, "int8")).eval()
+    with torch.no_grad():
+        simulated, exact = layer(x).numpy(), linear(x).numpy()
+    (file,) = backend.save(backend.capture(layer, x), tmp_path / "model.pte", describe_model(small_model()))
+    answer = backend.load(file, 1)(x.numpy())
+    assert np.abs(answer - simulated).max() <= layer.output.scale * 1.01  # a step, where sums round otherwise
+    assert sqnr_db(answer, exact) > 35
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
