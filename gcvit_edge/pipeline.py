@@ -158,7 +158,8 @@ def _hold_out(job: Job, work: Path, steps: Steps) -> HeldOut | None:
 
 def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float32]]:
     """The images (1, C, H, W) by which layers are ranked."""
-    pixels = _decode(job.ranking, job.info.preprocessing, work / "ranking.npy", "read images that rank", steps)
+    with steps.step("read images that rank", len(job.ranking.files)) as advance:
+        pixels = decode_images(job.ranking, job.info.preprocessing, work / "ranking.npy", advance, max_unreadable=1)
     return list(inputs(pixels, job.info.preprocessing, len(pixels.kept)))
 
 
@@ -207,7 +208,7 @@ def _measure(job: Job, made: list[Made], pixels: Pixels, stage: Path, steps: Ste
     answers = dict(zip((*evaluated, *(each.float for each in made[1:])), (reference, *logits, *others), strict=True))
     shape = (1, job.model.config.in_chans, *job.model.config.img_size)
     timed = [artifact for each in made for artifact in (each.float, each.int8)]
-    with steps.step("time", TIMED_ROUNDS * len(timed)) as advance:
+    with steps.step("time", TIMED_ROUNDS * len(timed), timed=True) as advance:
         timings = time_artifacts(timed, shape, job.threads, TIMED_ROUNDS, advance)
     entries = [_entry(job, stage, each, logits[i], reference, classes, timings[2 * i], timings[2 * i + 1]) for i, each in enumerate(made)]
     report = {

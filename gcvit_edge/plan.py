@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gcvit_edge.backends import load_backend
 from gcvit_edge.bundle.output import check_output
 from gcvit_edge.cpus import resolve_threads
-from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, find_images
+from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, check_depth, class_indices, find_images
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import images_that_show, images_to_judge
 from gcvit_edge.model.info import ModelInfo
@@ -86,6 +86,8 @@ def plan(
     parsed = parse_recipe(text, recipe)
     if max_drop is not None:
         parsed = parsed.model_copy(update={"limits": validate(Limits, parsed.limits.model_dump() | {"max_drop": max_drop}, "--max-drop")})
+    if isinstance(backends, str):
+        raise UserError(f"backends must be a list, got {backends!r}; write [{backends!r}]")
     names = tuple(dict.fromkeys(backends or parsed.backends))
     for name in names:
         able = load_backend(name).PRECISIONS
@@ -104,6 +106,7 @@ def plan(
     calibration, evaluation = find_images(calib, "calibration"), find_images(eval, "evaluation")
     network, info = _resolve_model(model, weights, num_classes, labels, preprocessing, calibration, evaluation)
     check_takes_rgb(network.config)
+    check_depth(calibration, info.labels)  # else its images would not be spread over the classes
     if eval_images is not None:
         if eval_images < 1:
             raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {eval}")
@@ -247,6 +250,7 @@ def _resolve_model(
     evaluation: ImageFolder,
 ) -> "tuple[GCViT, ModelInfo]":
     from gcvit_edge.model.create import describe_model, load_model
+    from gcvit_edge.model.gcvit import GCViT
 
     if isinstance(model, str):
         variant_config(model)  # an unknown name is reported before anything else
@@ -254,6 +258,11 @@ def _resolve_model(
     if model is not None and not isinstance(model, str):
         if weights is not None or num_classes is not None:
             raise UserError("weights and num_classes are for models by name; the network that was given has its own, so leave them out")
+        if not isinstance(model, GCViT):
+            raise UserError(
+                f"the network that was given is a {type(model).__name__}, expected one of gcvit_edge.create_model; of another "
+                "implementation save the state_dict, and give the file as weights"
+            )
         if model.head is None:
             raise UserError("the network has no classifier head; quantization needs one, so create it with num_classes > 0")
         _check_weights(model)

@@ -10,6 +10,7 @@ from gcvit_edge.data.decoding import inputs as inputs
 from gcvit_edge.data.decoding import read_image as read_image
 from gcvit_edge.data.folder import ImageFolder as ImageFolder
 from gcvit_edge.data.folder import check_apart as check_apart
+from gcvit_edge.data.folder import check_depth as check_depth
 from gcvit_edge.data.folder import class_indices as class_indices
 from gcvit_edge.data.folder import find_images as find_images
 from gcvit_edge.data.labels import Labels as Labels

@@ -45,11 +45,18 @@ class Pixels:
         return np.load(self.file, mmap_mode="r")
 
 
-def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path, advance: Callable[[], object] = lambda: None) -> Pixels:
-    """Decodes, resizes and crops every image into the .npy `file`; calls `advance` after each.
+def decode_images(
+    images: ImageFolder,
+    preprocessing: Preprocessing,
+    file: Path,
+    advance: Callable[[], object] = lambda: None,
+    max_unreadable: float = MAX_UNREADABLE,
+) -> Pixels:
+    """Decodes, resizes and crops every image into the .npy `file`; calls `advance` after each. max_unreadable: the fraction of images that
+    may fail to; of a few that are drawn from many, chance alone makes it more than it is of all.
 
     Raises:
-        UserError: more than 5 % (and more than one) of the images do not decode; the message names some.
+        UserError: more than that (and more than one) do not decode, or none does; the message names some.
         OSError: the disk is full. Were the file mapped to write it, that would end the process.
     """
     kept: list[int] = []
@@ -63,7 +70,7 @@ def decode_images(images: ImageFolder, preprocessing: Preprocessing, file: Path,
             else:
                 out.write(pixels.tobytes())
                 kept.append(position)
-        _check_skipped(images, skipped)
+        _check_skipped(images, skipped, max_unreadable)
         out.seek(0)
         _write_header(out, len(kept), preprocessing)
     return Pixels(file, np.array(kept, np.int64), tuple(skipped))
@@ -96,12 +103,12 @@ def find_readable(images: ImageFolder, advance: Callable[[], object] = lambda: N
                 skipped[images.files[position]] = found
             else:
                 kept.append(position)
-    _check_skipped(images, skipped)
+    _check_skipped(images, skipped, MAX_UNREADABLE)
     return np.array(kept, np.int64)
 
 
-def _check_skipped(images: ImageFolder, skipped: dict[str, Undecodable]) -> None:
-    if len(skipped) > max(1, MAX_UNREADABLE * len(images.files)) or len(skipped) == len(images.files):
+def _check_skipped(images: ImageFolder, skipped: dict[str, Undecodable], most: float) -> None:
+    if len(skipped) > max(1, most * len(images.files)) or len(skipped) == len(images.files):
         named = [f"{name} ({undecodable.reason})" for name, undecodable in islice(skipped.items(), 5)]
         raise UserError(
             f"{len(skipped)} of {len(images.files)} images in {images.root} do not decode: {', '.join(named)}"

@@ -1,6 +1,7 @@
 """Image files in class folders, or in a zip archive of them."""
 
 import os
+import unicodedata
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from gcvit_edge.data.labels import Labels
 from gcvit_edge.errors import UserError, nearest
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+# of what Pillow reads, JPEG by all its names
+IMAGE_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,13 @@ class ImageFolder:
     """Image files of a folder or a zip archive, laid out as `class folder/image`.
 
     root: the folder or the archive. files: names relative to it. classes: class folder of each file ("" for a file that
-    lies directly in the root).
+    lies directly in the root). empty: folders of the root that hold no image.
     """
 
     root: Path
     files: tuple[str, ...]
     classes: tuple[str, ...]
+    empty: tuple[str, ...] = ()
 
     def select(self, count: int, seed: int) -> "ImageFolder":
         """`count` images, spread evenly over the classes; so are the first n of them, for any n.
@@ -75,15 +80,20 @@ def find_images(root: Path, purpose: str) -> ImageFolder:
         raise UserError(f"{purpose} folder {root} does not exist; give a folder (or .zip) with one sub-folder of images a class")
     if root.is_dir():
         names = sorted(filter(_is_image, _names_below(root)))
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
     elif zipfile.is_zipfile(root):
-        names = sorted(filter(_is_image, _names_in(root, purpose)))
+        listed = _names_in(root, purpose)
+        names = sorted(filter(_is_image, listed))
+        folders = {name.partition("/")[0] for name in listed if "/" in name}
     else:
         raise UserError(f"{purpose} images: {root} is neither a folder nor a zip archive")
     if not names:
         raise UserError(f"{purpose} folder {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for name in filter(_undecoded, names):
         raise UserError(f"{purpose} images: the name {name!a} in {root} is not UTF-8; rename it")
-    return ImageFolder(root, tuple(names), tuple(Path(name).parts[0] if "/" in name else "" for name in names))
+    classes = tuple(Path(name).parts[0] if "/" in name else "" for name in names)
+    empty = sorted(name for name in folders - set(classes) if not _left_behind(name))
+    return ImageFolder(root, tuple(names), classes, tuple(empty))
 
 
 def _size(file: Path) -> int:
@@ -150,17 +160,33 @@ def check_apart(flag: str, images: Path, evaluation: Path, used: str) -> None:
         raise UserError(f"{flag} and --eval {shown}; accuracy on images that were {used}, so give other images to one of them")
 
 
+def check_depth(images: ImageFolder, labels: Labels) -> None:
+    """Refuses a folder, or an archive of one, whose class folders lie one folder deeper, as in a train.zip of the folder `train`.
+
+    Raises:
+        UserError: all images lie in one folder, which is no class, and there in folders that are.
+    """
+    first, *others = set(images.classes)
+    below = {_normal(Path(name).parts[1]) for name in images.files if name.count("/") > 1}
+    index = _class_index(labels)
+    if others or _normal(first) in index or not below or not below <= set(index):
+        return
+    instead = images.root / first if images.root.is_dir() else f"a .zip of what is in {first}/"
+    raise UserError(f"{images.root} has the class folders in a folder, {first}, which is no class; give {instead}")
+
+
 def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
     """Class index of every image, from its class folder: the folder of a label, else the name of one.
 
     Raises:
-        UserError: images without a class folder, or a folder that is no class of the model, or more than one.
+        UserError: images without a class folder, or a folder that is no class of the model, or more than one, or as `check_depth`.
     """
     if "" in images.classes:
         stray = images.files[images.classes.index("")]
         raise UserError(f"{images.root} has images outside class folders, such as {stray}; lay them out as class/image")
-    index = _positions(name.replace("/", "_") for name in labels.names) | _positions(labels.folders)
-    unknown = sorted(set(images.classes) - set(index))
+    check_depth(images, labels)
+    index = _class_index(labels)
+    unknown = sorted(name for name in set(images.classes) if _normal(name) not in index)
     if unknown:
         guess = nearest(unknown[0], index)
         raise UserError(
@@ -171,17 +197,28 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
             + ". Rename the folders; quantize and train also take other class names, with --labels"
         )
     for name in sorted(set(images.classes)):
-        if len(index[name]) > 1:
+        found = index[_normal(name)]
+        if len(found) > 1:
             raise UserError(
-                f"{images.root} has the folder {name!r}, but the model's classes {' and '.join(map(str, index[name]))} have this name; "
+                f"{images.root} has the folder {name!r}, but the model's classes {' and '.join(map(str, found))} have this name; "
                 "give every class a folder of its own, and --labels with a line `folder<TAB>name` for each"
             )
-    return np.array([index[name][0] for name in images.classes], np.int64)
+    return np.array([index[_normal(name)][0] for name in images.classes], np.int64)
+
+
+def _class_index(labels: Labels) -> dict[str, list[int]]:
+    """Positions of the classes by what their folders may be called."""
+    return _positions(name.replace("/", "_") for name in labels.names) | _positions(labels.folders)
+
+
+def _normal(name: str) -> str:
+    """One way of several to write the same letters: some file systems take names apart, `e` and its accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _positions(names: Iterable[str]) -> dict[str, list[int]]:
     """Where each name is, counted from 0; some are there more than once."""
     found: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names):
-        found[name].append(position)
+        found[_normal(name)].append(position)
     return dict(found)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, default_preprocessing, find_images
+from gcvit_edge.data.folder import IMAGE_SUFFIXES
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import wilson_interval
 from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, save_checkpoint, variant_of
@@ -201,9 +202,17 @@ def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images:
         known = checkpoint.labels
         if set(folders) in (set(known.folders), {name.replace("/", "_") for name in known.names}):
             labels = known
+    if labels is None and images.empty:  # else the folders are the classes
+        raise UserError(
+            f"{images.root} has folders without an image ({', '.join(sorted(IMAGE_SUFFIXES))}): {', '.join(images.empty[:5])}; the network "
+            "would not have them as classes: remove them, or give them images"
+        )
     labels = labels or Labels.of(folders)
     if len(labels.names) < 2:
-        raise UserError(f"{images.root} has images of {len(labels.names)} class; training needs at least two class folders")
+        raise UserError(
+            f"{images.root} has images of {len(labels.names)} class, {', '.join(labels.names)}; training needs at least two class folders, "
+            "in the folder or .zip that is given and not deeper"
+        )
     return labels
 
 

@@ -181,6 +181,13 @@ def test_weights_in_memory_are_checked(changed: Callable[[Tensor], Tensor], mess
         plan(str(tiny.recipe), model, calib=tiny.calib, eval=tiny.evaluation)
 
 
+def test_networks_of_others_and_lists_that_are_none(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"is a Sequential, expected one of gcvit_edge\.create_model; .* give the file as weights"):
+        plan(str(tiny.recipe), torch.nn.Sequential(), calib=tiny.calib, eval=tiny.evaluation)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"backends must be a list, got 'onnx'; write \['onnx'\]"):
+        plan(str(tiny.recipe), weights=tiny.weights, calib=tiny.calib, eval=tiny.evaluation, backends="onnx")
+
+
 @pytest.mark.parametrize(
     ("shape", "arguments", "message"),
     [

@@ -111,6 +111,7 @@ def test_too_many_unreadable_images_are_an_error(photos: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"2 of 24 images in .*photos do not decode: ") as caught:
         decode_images(images, SMALL, tmp_path / "p.npy")
     assert all(file in str(caught.value) for file in images.files[3:5])
+    assert len(decode_images(images, SMALL, tmp_path / "p.npy", max_unreadable=1).kept) == 22
 
 
 def test_the_only_image_unreadable_is_an_error(tmp_path: Path) -> None:

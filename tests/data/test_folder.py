@@ -1,6 +1,7 @@
 """Folders and archives of images: finding, classes, selecting."""
 
 import os
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import noise, save_all, zipped
 
-from gcvit_edge.data import ImageFolder, Labels, class_indices, find_images
+from gcvit_edge.data import ImageFolder, Labels, check_depth, class_indices, find_images
 from gcvit_edge.errors import UserError
 
 FOLDERS = ("n01440764", "n01443537")
@@ -39,7 +40,7 @@ def test_missing_empty_and_neither(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"calibration folder .*nowhere does not exist; give a folder \(or \.zip\)"):
         find_images(tmp_path / "nowhere", "calibration")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"evaluation folder .*empty holds no image \(\.bmp, "):
+    with pytest.raises(UserError, match=r"evaluation folder .*empty holds no image \(\.avif, \.bmp, "):
         find_images(tmp_path / "empty", "evaluation")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(UserError, match="text is neither a folder nor a zip archive"):
@@ -142,6 +143,39 @@ def test_unknown_folders_are_counted_and_the_classes_listed() -> None:
     assert "The model's 12 classes: class 0, " in str(caught.value)
     assert "class 9, ..." in str(caught.value)
     assert "--labels" in str(caught.value)
+
+
+def test_letters_of_two_parts_are_the_same_letters() -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for label, folder in ((composed, apart), (apart, composed)):
+        assert class_indices(image_folder("bar", folder), Labels.of(["bar", label])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_folders_one_folder_deeper(packed: bool, tmp_path: Path) -> None:
+    root, labels = tmp_path / "images", Labels.of(["daisy", "tulips"])
+    save_all(root, {"train/daisy/1.png": noise(4, 4), "train/tulips/deep/2.png": noise(4, 4)})
+    images = find_images(zipped(root, tmp_path / "images.zip") if packed else root, "calibration")
+    instead = r"a \.zip of what is in train/" if packed else r".*images/train"
+    for check in (check_depth, class_indices):
+        with pytest.raises(UserError, match=rf"has the class folders in a folder, train, which is no class; give {instead}$"):
+            check(images, labels)
+    with pytest.raises(UserError, match="1 folders that are no class of the model: train"):
+        class_indices(images, Labels.of(["daisy", "roses"]))
+    check_depth(images, Labels.of(["daisy", "tulips", "train"]))  # a class, whatever is in its folder
+    check_depth(image_folder("train"), labels)
+
+
+def test_folders_without_images_are_known(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    save_all(root, {"a/1.jfif": noise(4, 4), "b/2.pgm": noise(4, 4), "c/3.AVIF": noise(4, 4)})
+    for name in ("d", "e/deep", ".cache"):
+        (root / name).mkdir(parents=True)
+    (root / "e" / "raw.cr2").touch()
+    assert find_images(root, "training").empty == ("d", "e")
+    assert find_images(root, "training").classes == ("a", "b", "c")
+    assert find_images(zipped(root, tmp_path / "images.zip"), "training").empty == ("d", "e")
 
 
 def test_images_outside_class_folders() -> None:

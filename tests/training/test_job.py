@@ -323,8 +323,17 @@ def test_training_images_do_not_evaluate(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_one_class_is_nothing_to_learn(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.calib / "red", tmp_path / "data" / "red")
-    with pytest.raises(UserError, match="has images of 1 class; training needs at least two class folders"):
+    with pytest.raises(UserError, match=r"has images of 1 class, .*; training needs at least two class folders"):
         job(tiny, tmp_path / "a.safetensors", data=tmp_path / "data", eval=None)
+
+
+def test_a_class_without_images_is_not_lost(tiny: Tiny, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny.calib, tmp_path / "data")
+    (data / "purple").mkdir()
+    (data / "purple" / "1.heic").touch()
+    with pytest.raises(UserError, match=r"data has folders without an image \(\.avif, .*\): purple; .* remove them, or give them images"):
+        job(tiny, tmp_path / "a.safetensors", data=data, weights=None)
+    assert job(tiny, tmp_path / "a.safetensors", data=data).info.labels.names == CLASSES  # those of the checkpoint
 
 
 def test_classes_that_were_not_trained(tiny: Tiny, tmp_path: Path) -> None:
