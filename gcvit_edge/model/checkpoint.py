@@ -24,7 +24,7 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.model import hub
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
-from gcvit_edge.model.layout import State, from_nvlabs, infer_config
+from gcvit_edge.model.layout import Size, State, from_nvlabs, infer_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 from gcvit_edge.paths import written_whole
 
@@ -36,8 +36,8 @@ _COUNTER = "n_averaged"  # of AveragedModel, beside the weights
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's weights in our key layout, float32, with what the file says about itself. sides_known: unless it is for images that are
-    not square and does not say which side is the height; `config` then has the longer one there."""
+    """A file's weights in our key layout, float32, with what the file says about itself. sizes: the input sizes (height, width) that it
+    may be for, where it does not say which; `config` then has the first."""
 
     state: State
     config: GCViTConfig
@@ -45,7 +45,7 @@ class Checkpoint:
     name: str | None = None
     labels: Labels | None = None
     find_preprocessing: Callable[[], Preprocessing | None] = lambda: None
-    sides_known: bool = True
+    sizes: tuple[Size, ...] | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -86,15 +86,15 @@ def read_checkpoint(source: str) -> Checkpoint:
         except (ValidationError, TypeError) as error:
             raise UserError(f"the metadata of checkpoint {source} is damaged ({str(error).splitlines()[0]}); convert it again") from error
         return Checkpoint(state, config, info.origin, info.name, info.labels, lambda: info.preprocessing)
-    config = infer_config(state, source)
-    known = config.img_size[0] == config.img_size[1]
+    config, sizes = infer_config(state, source)
+    possible = sizes if len(sizes) > 1 else None
     layout = "nvlabs" if nvlabs else "timm"
     derived = nvlabs or source.startswith(f"{hub.PREFIX}timm/")
     origin = Origin(source=source if from_hub else path.name, layout=layout, licence=NVLABS_LICENCE if derived else UNKNOWN_LICENCE)
     if not from_hub:
-        return Checkpoint(state, config, origin, sides_known=known)
+        return Checkpoint(state, config, origin, sizes=possible)
     timm = hub.read_timm_config(path.parent)
-    return Checkpoint(state, config, origin, None, hub.timm_labels(timm), lambda: hub.timm_preprocessing(timm, source), known)
+    return Checkpoint(state, config, origin, None, hub.timm_labels(timm), lambda: hub.timm_preprocessing(timm, source), possible)
 
 
 def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) -> None:
@@ -117,17 +117,17 @@ def variant_of(config: GCViTConfig) -> str | None:
 
 def config_of(checkpoint: Checkpoint, name: str | None, size: tuple[int, int] | None = None) -> GCViTConfig:
     """The shape of variant `name` that a checkpoint is for: its own if it is one of `name`, of whatever input size, or if `name` is None.
-    size: the (height, width) that is wanted, for one that does not say which side is the height.
+    size: the (height, width) that is wanted, for one that does not say which it is for.
 
     Raises:
         UserError: the name is unknown, or no size is given to a checkpoint that needs one.
     """
     wanted = checkpoint.config if name is None else variant_config(name)
     config = checkpoint.config if wanted == VARIANTS.get(variant_of(checkpoint.config) or "") else wanted
-    if checkpoint.sides_known:
+    if checkpoint.sizes is None:
         return config
     if size is None:
-        raise UserError(_either_side(checkpoint.origin.source, checkpoint.config.img_size))
+        raise UserError(_which_size(checkpoint.origin.source, checkpoint.sizes))
     return replace(config, img_size=size)
 
 
@@ -144,8 +144,8 @@ def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
         raise UserError(f"checkpoint {source} is not of the requested variant {_structure(want)}; {guess}")
     if have.in_chans != want.in_chans:
         raise UserError(f"checkpoint {source} has {have.in_chans} input channels, the model {want.in_chans}; set in_chans to match")
-    if not checkpoint.sides_known:
-        have = replace(have, img_size=_turned_as(want.img_size, have.img_size, source))
+    if checkpoint.sizes is not None and have.window_size is None:
+        have = replace(have, img_size=_turned_as(want.img_size, checkpoint.sizes, source))
     state = dict(checkpoint.state)
     if model.head is None:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
@@ -213,23 +213,22 @@ def _reason(error: Exception) -> str:
     return found.group(1) if found else "weights_only load refused it"
 
 
-def _turned_as(wanted: tuple[int, int], sides: tuple[int, int], source: str) -> tuple[int, int]:
-    """The sides of an input in the order of another that is not square.
+def _turned_as(wanted: Size, sizes: tuple[Size, ...], source: str) -> Size:
+    """That of the sizes, the one of which is the other turned, which is as high or as wide as another that is not square.
 
     Raises:
         UserError: it is square.
     """
     if wanted[0] == wanted[1]:
-        raise UserError(_either_side(source, sides))
-    return (max(sides), min(sides)) if wanted[0] > wanted[1] else (min(sides), max(sides))
+        raise UserError(_which_size(source, sizes))
+    return next(size for size in sizes if (size[0] > size[1]) == (wanted[0] > wanted[1]))
 
 
-def _either_side(source: str, sides: tuple[int, int]) -> str:
-    """What to say of a checkpoint whose sides are not known."""
-    high, low = max(sides), min(sides)
+def _which_size(source: str, sizes: tuple[Size, ...]) -> str:
+    """What to say of a checkpoint whose input size is not known."""
     return (
-        f"checkpoint {source} was made for {high}x{low} or {low}x{high} pixels (height x width), and does not say which; give "
-        "--preprocessing with its size, or in Python `create_model(img_size=(height, width))`"
+        f"checkpoint {source} was made for {' or '.join(f'{height}x{width}' for height, width in sizes)} pixels (height x width), and does "
+        "not say which; give --preprocessing with its size, or in Python `create_model(img_size=(height, width))`"
     )
 
 

@@ -10,6 +10,7 @@ from gcvit_edge.errors import UserError
 from gcvit_edge.model.variants import GCViTConfig
 
 State = dict[str, Tensor]
+Size = tuple[int, int]  # height, width
 
 _NVLABS_RULES = [
     (r"^patch_embed\.proj\.", "stem.conv1."),
@@ -42,15 +43,16 @@ def from_nvlabs(state: State) -> State:
     return out
 
 
-def infer_config(state: State, source: str) -> GCViTConfig:
-    """The shape that a state dict in our layout was made for, read off its tensors.
+def infer_config(state: State, source: str) -> tuple[GCViTConfig, tuple[Size, ...]]:
+    """The shape that a state dict in our layout was made for, read off its tensors; and the input sizes that it may be for, of which the
+    shape has the first.
 
     Raises:
         UserError: the keys are not those of a GC ViT, or its tables of position biases are of no windows.
     """
     try:
         dim, in_chans = state["stem.conv1.weight"].shape[:2]
-        depths, heads, positions, ratios = [], [], [], []
+        depths, heads, positions, ratios, pooled = [], [], [], [], []
         for stage in range(4):
             table = state[f"stages.{stage}.blocks.0.attn.rel_pos.relative_position_bias_table"]
             heads.append(table.shape[1])
@@ -59,6 +61,7 @@ def infer_config(state: State, source: str) -> GCViTConfig:
             depths.append(1 + max(int(found[1]) for key in state if (found := pattern.match(key))))
             hidden, width = state[f"stages.{stage}.blocks.0.mlp.fc1.weight"].shape
             ratios.append(hidden / width)
+            pooled.append(sum(f"stages.{stage}.global_block.blocks.conv{level}.conv_dw.weight" in state for level in range(1, 33)))
         se_dim = state["stem.down.conv_block.se.fc1.weight"].shape[0]
         scale = state.get("stages.0.blocks.0.ls1.gamma")
         head = state.get("head.fc.weight", state.get("head.fc.bias"))
@@ -68,24 +71,25 @@ def infer_config(state: State, source: str) -> GCViTConfig:
             f"checkpoint {source} is no complete GC ViT in timm's or NVlabs' key layout: {error} is missing; "
             f"it has {len(state)} keys, such as {sample}"
         ) from error
-    img_size, windows = _windows(positions, source)
-    return GCViTConfig(
+    sizes, windows = _windows(positions, pooled, source)
+    config = GCViTConfig(
         dim=dim,
         depths=tuple(depths),
         num_heads=tuple(heads),
         mlp_ratio=max(ratios),  # the lowest that gives all widths, each of which is rounded down
         layer_scale=None if scale is None else 1e-5,
-        img_size=img_size,
+        img_size=sizes[0],
         window_size=windows,
         in_chans=in_chans,
         num_classes=0 if head is None else head.shape[0],
         se_multiple=8 if se_dim != dim // 4 else 1,
     )
+    return config, sizes
 
 
-def _windows(positions: Sequence[int], source: str) -> tuple[tuple[int, int], tuple[int, ...] | None]:
-    """The input size (height, width), and the windows of the four stages if they are not those that scale with it, from the lengths of
-    their tables of position biases, (2h - 1)(2w - 1) for a window of h x w. Of sides that differ, the longer one as the height.
+def _windows(positions: Sequence[int], pooled: Sequence[int], source: str) -> tuple[tuple[Size, ...], tuple[int, ...] | None]:
+    """The input sizes that it may be for, and the windows of the four stages if they are not those that scale with it. positions: lengths
+    of their tables of position biases, (2h - 1)(2w - 1) for a window of h x w. pooled: blocks of their global query generators.
 
     Raises:
         UserError: no windows have such tables.
@@ -93,8 +97,15 @@ def _windows(positions: Sequence[int], source: str) -> tuple[tuple[int, int], tu
     sides = [math.isqrt(count) for count in positions]
     if all(side * side == count and side % 2 for side, count in zip(sides, positions, strict=True)):
         windows = [(side + 1) // 2 for side in sides]
-        scaled = windows == [windows[3], windows[3], windows[3] * 2, windows[3]]
-        return (windows[3] * 32, windows[3] * 32), None if scaled else tuple(windows)
+        if windows == [windows[3], windows[3], windows[3] * 2, windows[3]]:
+            return ((windows[3] * 32, windows[3] * 32),), None
+        # one block stands for no pooling or for one; more of them for as many
+        levels = [(0, 1) if blocks < 2 else (blocks,) for blocks in pooled]
+        fit = [{(window << level) * (4 << stage) for level in levels[stage]} for stage, window in enumerate(windows)]
+        found = sorted(set.intersection(*fit))
+        if not found:
+            raise UserError(f"checkpoint {source} has windows of {windows} positions and {list(pooled)} poolings, which fit no input size")
+        return tuple((side, side) for side in found), tuple(windows)
     first, _, third, _ = positions  # of a window, and of one twice as high and wide: two equations for h and w
     area = (third - 2 * first + 1) // 8
     total = (4 * area + 1 - first) // 2
@@ -103,4 +114,4 @@ def _windows(positions: Sequence[int], source: str) -> tuple[tuple[int, int], tu
     of = [(2 * height * scale - 1) * (2 * width * scale - 1) for scale in (1, 1, 2, 1)]
     if width < 1 or of != list(positions):
         raise UserError(f"checkpoint {source} has tables of {positions} position biases, which are of no windows; is it complete?")
-    return (32 * height, 32 * width), None
+    return ((32 * height, 32 * width), (32 * width, 32 * height)), None

@@ -1,5 +1,6 @@
 """Every official GC ViT shape (paper, Table 1 and Table 8; NVlabs/GCVit README), as plain data without torch."""
 
+import math
 from dataclasses import dataclass
 
 from gcvit_edge.errors import UserError, unknown_name
@@ -38,8 +39,12 @@ class GCViTConfig:
             )
         if stages != 4:
             raise UserError(f"depths has {stages} entries; GC ViT has 4 stages, so give 4")
+        if not math.isfinite(self.mlp_ratio):
+            raise UserError(f"mlp_ratio must be a number over 0, got {self.mlp_ratio}")
         if min(self.dim, self.mlp_dim(0), *self.depths, *self.num_heads, *self.img_size, self.in_chans) < 1 or self.num_classes < 0:
             raise UserError(f"every size must be positive, got {self}")
+        if len(self.img_size) != 2:
+            raise UserError(f"img_size is one side or (height, width), got {self.img_size}")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"drop_path is a probability below 1, got {self.drop_path}")
         for size in self.img_size:

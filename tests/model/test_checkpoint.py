@@ -324,5 +324,5 @@ def test_spoilt_metadata(tiny_model, tmp_path, metadata):
 
 
 def test_inferred_shape_of_a_network_without_head(make_model):
-    config = infer_config(make_model(features_only=True, in_chans=1).state_dict(), "here")
+    config, _ = infer_config(make_model(features_only=True, in_chans=1).state_dict(), "here")
     assert (config.num_classes, config.in_chans, config.img_size) == (0, 1, (64, 64))

@@ -256,6 +256,37 @@ def test_weights_of_images_that_are_not_square(make_model, tmp_path, size):
     assert torch.equal(larger, create_model(weights=whole, **SHAPE | {"img_size": longer}).state_dict()[TABLE.format(0, 0)])
 
 
+@pytest.mark.parametrize(
+    ("size", "windows", "sizes"),
+    [(64, (8, 4, 2, 1), "32x32 or 64x64"), (32, (8, 4, 2, 1), "32x32 or 64x64"), (128, (2, 16, 8, 4), None), (64, (4, 2, 4, 2), None)],
+)
+def test_windows_of_their_own(size, windows, sizes, tmp_path):
+    """Their input size follows from the poolings of the global queries; of one pooling and none there is one block."""
+    shape = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 3, "img_size": size, "window_size": windows}
+    model, path = create_model(**shape), tmp_path / "plain.safetensors"
+    save_file(model.state_dict(), path)
+    if sizes:
+        with pytest.raises(UserError, match=f"was made for {sizes} pixels"):
+            load_model(str(path))
+        loaded, _ = load_model(str(path), preprocessing=Preprocessing(size=(size, size)))
+    else:
+        loaded, _ = load_model(str(path))
+    assert loaded.config == model.config
+    image = torch.randn(2, 3, size, size)
+    assert torch.equal(loaded(image), model(image))
+    assert torch.equal(create_model(weights=path, **shape)(image), model(image))
+
+
+def test_windows_that_fit_no_input(tmp_path):
+    shape = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "num_classes": 3}
+    state = create_model(img_size=64, window_size=(4, 4, 4, 2), **shape).state_dict()
+    for key in [key for key in state if "stages.0.global_block.blocks.conv2" in key]:
+        state[key.replace("conv2", "conv3")] = state[key].clone()
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"has windows of \[4, 4, 4, 2\] positions and \[3, 1, 1, 1\] poolings, which fit no input size"):
+        load_model(str(tmp_path / "odd.safetensors"))
+
+
 def test_tables_of_no_window_are_refused(make_model, tmp_path):
     state = make_model().state_dict()
     state[TABLE.format(0, 0)] = state[TABLE.format(0, 0)].repeat(2, 1)
@@ -285,6 +316,13 @@ def test_widths_of_mlps_that_are_no_multiples(tmp_path, shape):
         UserError, match=rf"not of the requested variant .*'mlp_ratio': 2\.5.* its shape is .*'mlp_ratio': {shape['mlp_ratio']}"
     ):
         create_model(**shape | {"mlp_ratio": 2.5}, weights=tmp_path / "own.safetensors")
+
+
+def test_shapes_that_are_none():
+    with pytest.raises(UserError, match=r"img_size is one side or \(height, width\), got \(64, 64, 64\)"):
+        create_model(**SHAPE | {"img_size": (64, 64, 64)})
+    with pytest.raises(UserError, match="mlp_ratio must be a number over 0, got nan"):
+        create_model(**SHAPE, mlp_ratio=float("nan"))
 
 
 @pytest.mark.parametrize("mlp_ratio", [-1.0, 0.0, 0.01])
