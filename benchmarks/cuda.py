@@ -14,6 +14,7 @@ PyTorch need not be the pinned version; INT8 needs torchao, FP8 a GPU of compute
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,6 +35,7 @@ WAYS = (
     *(f"{dtype} {way}" for dtype in ("float32", "float16", "bfloat16") for way in ("eager", "compiled-graphs")),
     *(f"bfloat16 {way}" for way in ("graphs", "int8", "fp8")),
 )
+TIMEOUT_S = 1800  # of a configuration, of which compiling takes minutes
 BASE = "bfloat16 compiled-graphs"  # what INT8 and FP8 are to beat
 
 
@@ -45,7 +47,12 @@ def configuration(entry: dict[str, Any]) -> tuple[Any, ...]:
 def measure(model: str, batch: int, way: str, device: str) -> dict[str, Any]:
     """The entry of one configuration, from a process of its own; it has "error" where that fails."""
     command = [sys.executable, str(Path(__file__).with_name("_cuda_case.py")), model, str(batch), way, device]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {TIMEOUT_S} s"}
+    if ran.returncode < 0:
+        return {"error": f"ended by {signal.Signals(-ran.returncode).name}"}
     if ran.returncode != 0:
         return {"error": reason(ran.stderr) or f"exit code {ran.returncode}"}
     return json.loads(ran.stdout.splitlines()[-1])

@@ -179,7 +179,7 @@ def time_built(
     names = [artifact.backend for _, artifact in built] + ["openvino bf16"] * len(again)
     with torch.no_grad():
         expected = model(torch.from_numpy(image)).numpy()
-    with ExitStack() as stack, steps.step("time", ROUNDS * len(names)) as advance:
+    with ExitStack() as stack, steps.step("time", ROUNDS * len(names), timed=True) as advance:
         sessions = [stack.enter_context(Session(artifact, threads, pinned=True)) for _, artifact in built]
         sessions += [stack.enter_context(DefaultPrecision(artifact, threads)) for _, artifact in again]
         parities = [sqnr_db(session.infer(image, lambda: None), expected) for session in sessions]

@@ -156,7 +156,7 @@ def _backend(
     compared = known.get("layer by layer", lambda: _layer_by_layer(deployed, job, calibrated, images[:COMPARED_IMAGES], work, steps))
     drifted = known.get("drift by class", lambda: _drift(deployed, job, pixels, classes, steps))
     timed = [deployed.float, deployed.int8, *([] if deployed.plain is None else [deployed.plain])]
-    with steps.step(f"{name}: time", len(timed) * TIMED_ROUNDS) as advance:
+    with steps.step(f"{name}: time", len(timed) * TIMED_ROUNDS, timed=True) as advance:
         timings = time_artifacts(timed, images[0].shape, job.threads, TIMED_ROUNDS, advance)
     float_ms, int8_ms, plain_ms = (timing.percentile(50) for timing in (*timings[:2], timings[-1]))
     kept = kept_layers(calibrated.network, deployed.recipe.keep_float)

@@ -50,13 +50,19 @@ def cache_file(key: str) -> Path:
     return Path(platformdirs.user_cache_dir("gcvit-edge")) / "measurements" / f"{key[:32]}.jsonl"
 
 
+def _lines(file: Path) -> list[str]:
+    with suppress(OSError):
+        return file.read_text(encoding="utf-8").splitlines()
+    return []
+
+
 class Measurements:
-    """Values by name, one JSON line each, written as soon as it is known; where nothing can be written they are only held."""
+    """Values by name, one JSON line each, written as soon as it is known; where nothing can be read or written they are only held."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.values: dict[str, Any] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in _lines(file):
             try:
                 name, value = json.loads(line)
             except ValueError:  # the end of a file whose writer was killed

@@ -89,7 +89,7 @@ def export_float(
                     "parity_db": round(parity, 1),
                 }
             )
-        with steps.step("time", TIMED_ROUNDS * len(answers)) as advance:
+        with steps.step("time", TIMED_ROUNDS * len(answers), timed=True) as advance:
             timings = time_artifacts(list(answers), (1, *shape[1:]), threads, TIMED_ROUNDS, advance)
         report = {
             "model": info.name,

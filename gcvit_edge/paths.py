@@ -41,8 +41,9 @@ def is_full(error: OSError) -> bool:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the body ends well, and vanishes when it does not."""
-    partial = path.with_name(path.name + ".partial")
+    """A file beside `path` to write to, which takes its place when the body ends well, and vanishes when it does not. Every process has
+    its own."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)

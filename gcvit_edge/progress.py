@@ -25,6 +25,8 @@ class Bar:
         raise_interruption()
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task)
+            if not self._progress.live.auto_refresh:
+                self._progress.refresh()
 
     def note(self, text: str) -> None:
         self.text = f"{self._name}: {escape(text)}"
@@ -40,13 +42,15 @@ class Steps:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def step(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
-        """A step; the body calls what it gets once per unit of `total`, of which `done` were done before."""
+    def step(self, name: str, total: int | None = None, done: int = 0, *, timed: bool = False) -> Iterator[Bar]:
+        """A step; the body calls what it gets once per unit of `total`, of which `done` were done before. timed: something is timed in it,
+        on this machine perhaps, so the bar is drawn in those calls alone, and not ten times a second beside it."""
         raise_interruption()
         start = time.perf_counter()
         if self.console is not None and self.console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            with Progress(*(columns if total else (*columns[:2], TimeElapsedColumn())), console=self.console, transient=True) as progress:
+            shown = columns if total else (*columns[:2], TimeElapsedColumn())
+            with Progress(*shown, console=self.console, transient=True, auto_refresh=not timed) as progress:
                 bar = Bar(name, progress, total, done)
                 yield bar
         else:

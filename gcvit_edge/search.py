@@ -165,10 +165,11 @@ def search(
     keep = tuple(layer.name for layer in order[: counts[good]])
     if good == len(counts) - 1:
         tried.append(_trial(keep, accuracy(keep), recipe.limits))
-    with steps.step(f"{name}: compare with the safe choice"):
+    with steps.step(f"{name}: make the safe choice"):
         safe = safe_choice(name, calibrated, recipe, keep, images)
         timed = {"float": float_artifact, "plain": lower(()), "chosen": lower(keep), "safe": lower(tuple(safe))}
-        timings = time_artifacts(list(timed.values()), images[0].shape, threads, TIMED_ROUNDS, lambda: None)
+    with steps.step(f"{name}: time", TIMED_ROUNDS * len(timed), timed=True) as advance:
+        timings = time_artifacts(list(timed.values()), images[0].shape, threads, TIMED_ROUNDS, advance)
     latency = {kind: round(timing.percentile(50), 3) for kind, timing in zip(timed, timings, strict=True)}
     latency["predicted"] = round(predicted_ms(order, counts[good], latency["float"], latency["plain"]), 3)
     shipped = keep

@@ -1,5 +1,6 @@
 """Measurements that outlive an interruption."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def test_where_nothing_can_be_written_values_are_held(tmp_path: Path) -> None:
     known = Measurements(tmp_path / "file" / "x.jsonl")
     assert known.get("a", lambda: 1) == 1
     assert known.get("a", fails) == 1
+
+
+def test_where_nothing_can_be_read_values_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert Measurements(tmp_path / "x.jsonl").get("a", lambda: 1) == 1
 
 
 def test_digest_tells_where_a_part_ends() -> None:

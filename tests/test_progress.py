@@ -1,6 +1,7 @@
 """Progress: a line a step off a terminal, the note behind its name; bars on one."""
 
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -34,6 +35,16 @@ def test_a_bar_on_a_terminal() -> None:
             bar()
     assert "epoch: loss 1.5" in out.getvalue()
     assert "10/10" in out.getvalue()
+
+
+def test_beside_what_is_timed_nothing_is_drawn_but_between_its_units() -> None:
+    out = io.StringIO()
+    with Steps(Console(file=out, width=100, force_terminal=True)).step("time", 2, timed=True) as bar:
+        begun = out.getvalue()
+        time.sleep(0.5)  # five times as long as between two drawings of other bars
+        assert out.getvalue() == begun
+        bar()
+        assert "1/2" in out.getvalue()
 
 
 def test_an_interruption_that_was_lost_is_raised_at_the_next_unit_and_step(monkeypatch: pytest.MonkeyPatch) -> None:

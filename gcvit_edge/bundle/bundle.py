@@ -150,17 +150,33 @@ class Bundle:
             return np.lib.format.read_array(file)
 
     def verify(self) -> dict[str, Parity]:
-        """Recomputes every hash, preprocesses the golden image, then replays the golden tensors of every artifact in its runtime, in a
-        fresh process.
+        """`verify_content`, then `replay`: how each artifact, by name, reproduced its golden logits.
 
-        Returns how each artifact, by name, reproduced its golden logits.
+        Raises:
+            CheckFailed: as these.
+            WrongAnswer: an artifact gives other logits than it should.
+        """
+        self.verify_content()
+        replays = self.replay()
+        if wrong := wrong_answers(replays):
+            raise wrong
+        return replays
+
+    def verify_content(self) -> None:
+        """Recomputes every hash and preprocesses the golden image.
 
         Raises:
             CheckFailed: a file is missing, changed or not listed, or preprocessing gives another input.
-            WrongAnswer: an artifact gives other logits than it should.
         """
         self._verify_files()
         self._verify_preprocessing()
+
+    def replay(self) -> dict[str, Parity]:
+        """How each artifact, by name, reproduces its golden logits in its runtime, in a fresh process; also those that do not.
+
+        Raises:
+            CheckFailed: one does not run.
+        """
         return {artifact.name: self._replay(artifact) for artifact in self.artifacts}
 
     def verify_artifact(self, artifact: Artifact) -> None:
@@ -209,14 +225,17 @@ class Bundle:
 
     def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
-            got = session.infer(self.golden_input(), lambda: None)
-        parity = Case(artifact, "cpu").check(got, self)
-        if not parity.passed:
-            raise WrongAnswer(
-                f"{artifact.name} gives other logits than when it was made: {parity.describe()}; its runtime on this "
-                "machine computes it wrongly"
-            )
-        return parity
+            return Case(artifact, "cpu").check(session.infer(self.golden_input(), lambda: None), self)
+
+
+def wrong_answers(replays: dict[str, Parity]) -> WrongAnswer | None:
+    """The error that names all artifacts that did not reproduce their golden logits; None if all did."""
+    lines = [
+        f"{name} gives other logits than when it was made: {parity.describe()}; its runtime on this machine computes it wrongly"
+        for name, parity in replays.items()
+        if not parity.passed
+    ]
+    return WrongAnswer("\n".join(lines)) if lines else None
 
 
 @contextmanager
@@ -228,7 +247,7 @@ def _reading(name: str) -> Iterator[None]:
         raise CheckFailed(f"{name} is missing from the bundle; get the bundle again") from error
     except OSError as error:
         raise CheckFailed(f"{name} of the bundle cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, RecursionError) as error:
         raise CheckFailed(f"{name} of the bundle is damaged; get the bundle again (out of Git: with git lfs pull)") from error
 
 
@@ -282,7 +301,7 @@ def _extracted(archive: zipfile.ZipFile, path: Path, root: Path) -> Bundle:
     _extract(archive, MANIFEST, _MAX_MANIFEST_BYTES, root)
     manifest = read_manifest(root, path)
     listed = {file.path: file.size_bytes for file in manifest.files}
-    packed = sum(entry.compress_size for entry in archive.infolist())
+    packed = path.stat().st_size  # not the sum of its entries, which may be the same bytes again and again
     if sum(listed.values()) > _MOST_UNPACKED * packed + _MAX_MANIFEST_BYTES:
         raise CheckFailed(f"{path} lists {sum(listed.values())} bytes and has {packed}, far too few for weights; get the bundle again")
     for name, size in listed.items():

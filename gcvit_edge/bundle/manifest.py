@@ -100,7 +100,7 @@ def read_manifest(root: Path, source: Path) -> Manifest:
         if isinstance(data, dict) and data.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{source} has bundle format {data.get('format_version')}, this gcvit-edge reads {FORMAT_VERSION}; update it")
         manifest = Manifest.model_validate(data)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckFailed(f"{MANIFEST} of {source} is damaged: {str(error).splitlines()[0]}; get the bundle again") from error
     for file in manifest.files:
         if PurePosixPath(file.path).is_absolute() or ".." in PurePosixPath(file.path).parts or "\\" in file.path:

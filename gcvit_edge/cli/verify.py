@@ -21,11 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.bundle import open_bundle
+    from gcvit_edge.bundle.bundle import wrong_answers
     from gcvit_edge.cli import Result
 
     bundle = open_bundle(arguments.bundle)
-    replays = bundle.verify()
+    bundle.verify_content()
+    replays = bundle.replay()
     lines = [f"{len(bundle.manifest.files)} files have the hashes that bundle.json lists"]
-    lines += [f"{name}: golden output reproduced {parity.describe()}" for name, parity in replays.items()]
+    for name, parity in replays.items():
+        lines.append(f"{name}: golden output {'' if parity.passed else 'not '}reproduced, {parity.describe()}")
     replayed = [{"artifact": name, **parity.model_dump()} for name, parity in replays.items()]
-    return Result({"files": len(bundle.manifest.files), "replays": replayed}, lines)
+    return Result({"files": len(bundle.manifest.files), "replays": replayed}, lines, wrong_answers(replays))

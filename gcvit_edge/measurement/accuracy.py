@@ -96,7 +96,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     rate = right / count
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     spread = math.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * count)) / count) / (1 + z2 / count)
-    return centre - spread, centre + spread
+    return max(0.0, centre - spread), min(1.0, centre + spread)  # which of all or none right are past these by rounding
 
 
 @dataclass(frozen=True)

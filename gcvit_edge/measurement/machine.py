@@ -10,6 +10,8 @@ from collections import Counter
 
 from pydantic import BaseModel, ConfigDict
 
+from gcvit_edge.cpus import default_threads
+
 # by architecture: (flag in /proc/cpuinfo, what it is good for), slowest first
 INT8_FEATURES = {
     "x86_64": (
@@ -42,6 +44,7 @@ echo '== uname'; uname -srm
 echo '== system'; (. /etc/os-release && echo "$PRETTY_NAME") || echo "Android $(getprop ro.build.version.release)"
 echo '== model'; tr -d '\0' < /proc/device-tree/model || cat /sys/class/dmi/id/product_name || getprop ro.product.model; echo
 echo '== soc'; getprop ro.soc.model || cat /sys/devices/soc0/machine; echo
+echo '== cpus'; nproc
 echo '== cpuinfo'; cat /proc/cpuinfo
 echo '== meminfo'; cat /proc/meminfo
 echo '== governor'; cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor
@@ -57,7 +60,7 @@ class Machine(BaseModel):
     """What was read of a machine; None or empty where it does not say.
 
     model: of the board, phone or host. soc: system on chip. cpu: name, with counts where there are several kinds of core.
-    architecture: as `uname -m` has it. features: of `INT8_FEATURES`, those present. cpus: that can be used. governor: cpufreq's,
+    architecture: as `uname -m` has it. features: of `INT8_FEATURES`, those present. cpus: that processes may use. governor: cpufreq's,
     all that occur. max_mhz: highest clock of any CPU. memory_mb: 10^6 bytes. temperatures_c: highest of each sensor name.
     accelerator: what computes, where it is not the CPU.
     """
@@ -100,7 +103,7 @@ def parse_facts(text: str) -> Machine:
         cpu=_cpu_name(cpuinfo) or architecture,
         architecture=architecture,
         features=tuple(flag for flag, _ in INT8_FEATURES.get(architecture, ()) if flag in flags),
-        cpus=len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)) or 1,
+        cpus=int(sections.get("cpus") or len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE)) or 1),
         governor=", ".join(sorted(set(sections.get("governor", "").split()))) or None,
         max_mhz=max(clocks) / 1000 if clocks else None,
         memory_mb=round(int(memory.group(1)) * 1024 / 1e6, 1) if memory else None,
@@ -145,9 +148,9 @@ def _temperatures(text: str) -> dict[str, float]:
 
 
 def this_machine() -> Machine:
-    """Facts of this machine."""
+    """Facts of this machine, whose CPUs are those that this process may use."""
     done = subprocess.run(["sh", "-c", FACTS_SCRIPT], capture_output=True, text=True, errors="replace", check=False)
-    return parse_facts(done.stdout)
+    return parse_facts(done.stdout).model_copy(update={"cpus": default_threads()})
 
 
 def cpu_name() -> str:

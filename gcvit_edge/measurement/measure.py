@@ -58,7 +58,7 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
         groups = [cases] if mode.together and not site.emulated else [[case] for case in cases]
-        with steps.step(f"{site.device.name}: time", mode.turns * len(cases)) as advance:
+        with steps.step(f"{site.device.name}: time", mode.turns * len(cases), timed=True) as advance:
             return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
 
     artifacts = _artifacts(bundle, backends)
@@ -191,9 +191,12 @@ def _evaluate(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pixels, la
     """Runs the cases on all images, side by side where the device takes several."""
     answer_all = _answers_in_turn if site.connection.side_by_side == 1 else _answers_side_by_side
     answers = answer_all(bundle, site, cases, pixels, advance)
-    reference = _reference(site, answers, labels)
+    references = _references(site, answers, labels)
+    other = next(iter(references.values()), None)
     return [
-        result.model_copy(update={"accuracy": _accuracy(logits, None if result.precision == "float" else reference, labels)})
+        result.model_copy(
+            update={"accuracy": _accuracy(logits, None if result.precision == "float" else references.get(result.backend, other), labels)}
+        )
         for result, logits in answers
     ]
 
@@ -231,18 +234,21 @@ def _answers_in_turn(bundle: Bundle, site: _Site, cases: list[Case], pixels: Pix
     return answers
 
 
-def _reference(site: _Site, answers: Sequence[tuple[Result, Logits]], labels: Classes) -> Logits | None:
-    """The float logits that others are compared with, if there are both; ones that are no baseline are a failure, and compare nothing."""
+def _references(site: _Site, answers: Sequence[tuple[Result, Logits]], labels: Classes) -> dict[str, Logits]:
+    """By backend the float logits that its others are compared with, if there are any of either; of wrong answers, which the report says
+    anyway, none, nor of ones that are no baseline, which is a failure."""
     floats = [(result, logits) for result, logits in answers if result.precision == "float"]
-    if not floats or len(floats) == len(answers):
-        return None
-    result, logits = floats[0]
-    try:
-        check_baseline(logits, labels)
-    except CheckFailed as error:
-        site.failures.append(f"{result.name}: {error}")
-        return None
-    return logits
+    references: dict[str, Logits] = {}
+    for result, logits in floats if len(floats) < len(answers) else ():
+        if result.backend in references or not result.parity.passed:
+            continue
+        try:
+            check_baseline(logits, labels)
+        except CheckFailed as error:
+            site.failures.append(f"{result.name}: {error}")
+        else:
+            references[result.backend] = logits
+    return references
 
 
 def _accuracy(logits: Logits, reference: Logits | None, labels: Classes) -> Accuracy:

@@ -68,7 +68,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
             bundle.verify_artifact(artifact)
         threads, image = resolve_threads(threads), bundle.golden_input()[:1]
         for precision in sorted(artifacts, key=lambda precision: precision != "float"):
-            with steps.step(f"profile {backend}.{precision}"):
+            with steps.step(f"profile {backend}.{precision}", timed=True):
                 profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
     name = list(profiles)[-1]
     lines = verdict(name, profiles[name], profiles.get("float") if name != "float" else None)

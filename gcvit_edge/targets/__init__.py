@@ -124,8 +124,8 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
-        """Runs one input (1, C, H, W) float32 `runs` times, timed on the device itself.
+    def time(self, image: "NDArray[np.float32]", runs: int, untimed: int = 0) -> Timed:
+        """Runs one input (1, C, H, W) float32 `runs` times, timed on the device itself, right after `untimed` times that are not.
 
         Raises:
             CheckFailed: as `infer`.
@@ -173,13 +173,16 @@ def chunk_images(preprocessing: "Preprocessing") -> int:
     return max(1, CHUNK_BYTES // (4 * 3 * height * width))
 
 
+MOST_AT_ONCE = 64  # sessions; each is a process with a runtime in it
+
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 Hold = Callable[[Session], AbstractContextManager[Session]]
 
 
 def side_by_side(work: Callable[[Job, Hold], Answer], jobs: Sequence[Job], at_once: int) -> list[Answer]:
-    """`work` of every job, so many at the same time. It enters its session by the function that it is given, which closes it at the end.
+    """`work` of every job, so many at the same time, but at most `MOST_AT_ONCE`. It enters its session by the function that it is given,
+    which closes it at the end.
 
     Whatever ends this early, an interruption too, closes all sessions at once: threads that wait for an answer of one end then.
     """
@@ -200,7 +203,7 @@ def side_by_side(work: Callable[[Job, Hold], Answer], jobs: Sequence[Job], at_on
                 held.remove(session)
                 session.close()
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(min(at_once, MOST_AT_ONCE)) as pool:
         try:
             answers = [pool.submit(work, job, hold) for job in jobs]
             for done in wait(answers, return_when=FIRST_EXCEPTION).done:

@@ -8,7 +8,8 @@ It first loads the artifact and answers
 and then to each line of standard input, its words separated by tabs:
 
     infer IN OUT N C H W    {"done": 1} after each of the N images, {"finished": true} once OUT has the logits (N, classes)
-    time IN RUNS C H W      {"ms": [8.1, ...], "joules": {"package-0": 0.4}}: one image, RUNS times; the rails may be none
+    time IN UNTIMED RUNS C H W   {"ms": [8.1, ...], "joules": {"package-0": 0.4}}: one image, RUNS times, right after UNTIMED
+                            others of which nothing is said; the rails may be none
     memory                  {"peak_rss_mb": 214.5}
 
 It ends when standard input does. When something fails it says so on standard error and ends with an exit code other than 0.
@@ -16,7 +17,6 @@ It ends when standard input does. When something fails it says so on standard er
 
 import json
 import os
-import select
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gcvit_edge.errors import CheckFailed
-from gcvit_edge.targets import Session, Timed
+from gcvit_edge.targets import Case, Session, Timed
+from gcvit_edge.targets._timeout import readable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +43,11 @@ ETDUMP = {
     "benchmark": True,
     "output": True,
 }
+
+
+def runner_cases(artifacts: "Sequence[Artifact]", options: object) -> list[Case]:
+    """What the native runner runs: the `cases` of the targets that run it."""
+    return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
 
 
 def profile_file(folder: Path, artifact: "Artifact") -> Path:
@@ -143,9 +149,9 @@ class ProcessSession(Session):
         self._read("finished")
         return np.frombuffer(self._folder.get(_OUTPUT), "<f4").reshape(len(images), -1).astype(np.float32)
 
-    def time(self, image: "NDArray[np.float32]", runs: int) -> Timed:
-        self._command("time", self._put(image), runs, *image.shape[1:])
-        answer = self._read("ms", "joules", inferences=runs)
+    def time(self, image: "NDArray[np.float32]", runs: int, untimed: int = 0) -> Timed:
+        self._command("time", self._put(image), untimed, runs, *image.shape[1:])
+        answer = self._read("ms", "joules", inferences=untimed + runs)
         self._longest = max([self._longest or 0, *(each / 1000 for each in answer["ms"])])
         return Timed(tuple(answer["ms"]), answer["joules"])
 
@@ -187,7 +193,7 @@ class ProcessSession(Session):
     def _line(self, seconds: float | None) -> bytes:
         assert self._process.stdout is not None
         while b"\n" not in self._received:
-            if not select.select([self._process.stdout], [], [], seconds)[0]:
+            if not readable(self._process.stdout, seconds):
                 self._fail(f"no answer within {seconds:.0f} s; give it longer with --timeout")
             part = os.read(self._process.stdout.fileno(), 65536)
             if not part:

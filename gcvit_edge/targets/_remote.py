@@ -42,11 +42,6 @@ class RemoteOptions:
     timeout: int = field(default=DEFAULT_SECONDS, metadata=TIMEOUT)
 
 
-def cases(artifacts: "Sequence[Artifact]", options: RemoteOptions) -> list[Case]:
-    """What the runner runs."""
-    return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
-
-
 @contextmanager
 def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], Path]) -> Iterator[Connection]:
     """The device behind a shell; its folder there is gone afterwards.

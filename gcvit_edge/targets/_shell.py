@@ -8,7 +8,7 @@ HOST is its name: boards may share the home folder.
 """
 
 import os
-import select
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +20,7 @@ from shlex import quote
 from typing import IO
 
 from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.targets._timeout import readable
 
 _GREETING = "gcvit-edge works in "
 _END = "gcvit-edge ended with "
@@ -109,11 +110,12 @@ class Shell(ABC):
         """
         # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
         done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content, size)
-        text, end, code = done.stderr.decode(errors="replace").rpartition(_END)
+        printed = done.stderr.decode(errors="replace")
+        end = re.search(f"{_END}(\\d+)\n", printed)  # what started the shell there may have a last word
         if not end:
-            raise CheckFailed(f"the connection to {self.name} was lost: {code.strip() or 'it ended'}")
-        if int(code):
-            raise self.failure(text, int(code))
+            raise CheckFailed(f"the connection to {self.name} was lost: {printed.strip() or 'it ended'}")
+        if int(end[1]):
+            raise self.failure(printed[: end.start()], int(end[1]))
         return done.stdout
 
     def call(self, command: Sequence[str], content: bytes = b"", size: int = 0) -> "subprocess.CompletedProcess[bytes]":
@@ -188,12 +190,12 @@ class Keeper:
     def _first_line(self) -> tuple[bool, str]:
         """What it says first, and whether it has said all of that in time or has ended: the prompt of another program has no line's end."""
         assert self._process.stdout is not None
-        descriptor, line = self._process.stdout.fileno(), b""
+        line = b""
         deadline = time.monotonic() + _START_SECONDS
         while not line.endswith(b"\n"):
-            if not select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+            if not readable(self._process.stdout, max(0, deadline - time.monotonic())):
                 return False, line.decode(errors="replace")
-            if not (part := os.read(descriptor, 1)):  # no more than the line
+            if not (part := os.read(self._process.stdout.fileno(), 1)):  # no more than the line
                 break
             line += part
         return True, line.decode(errors="replace").rstrip("\n")

@@ -1,4 +1,7 @@
-"""How long to wait for a device: the option `timeout` of the targets that have it."""
+"""How long to wait for a device: the option `timeout` of the targets that have it; and waiting for what a program says."""
+
+import selectors
+from typing import IO
 
 from gcvit_edge.errors import UserError
 
@@ -6,6 +9,16 @@ DEFAULT_SECONDS = 120
 TIMEOUT = {
     "help": f"seconds to wait for loading and for one inference; for many, ten times what they took before besides ({DEFAULT_SECONDS})"
 }
+
+
+def readable(pipe: IO[bytes], seconds: float | None) -> bool:
+    """Whether a program says something, or ends, within so many seconds; None waits for ever.
+
+    Not by select(), which takes no descriptor from 1,024 on: there are as many where many sessions are open.
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
 
 
 def check_timeout(seconds: int) -> None:

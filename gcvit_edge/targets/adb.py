@@ -10,7 +10,8 @@ from pathlib import Path
 
 from gcvit_edge.errors import UserError, unknown_name
 from gcvit_edge.targets import Connection
-from gcvit_edge.targets._remote import RemoteOptions, cases, connect_shell
+from gcvit_edge.targets._process import runner_cases as cases
+from gcvit_edge.targets._remote import RemoteOptions, connect_shell
 from gcvit_edge.targets._shell import Shell, program_missing
 
 __all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]

@@ -16,6 +16,7 @@ from gcvit_edge.errors import CheckFailed, UserError, unknown_name
 from gcvit_edge.native.build import RunnerFiles, build_counter, build_runner, missing_tools
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import LocalFolder, ProcessSession
+from gcvit_edge.targets._process import runner_cases as cases
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from gcvit_edge.artifact import Artifact
     from gcvit_edge.measurement.machine import Machine
+
+__all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
 HELP = "64-bit ARM emulated by QEMU: right or wrong answers and instruction counts, no times; runs executorch"
 ADDRESS = "none"
@@ -66,10 +69,6 @@ def missing(address: str) -> str | None:
     return lacks
 
 
-def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
-    return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
-
-
 @contextmanager
 def connect(address: str, options: Options) -> Iterator[Connection]:
     if options.cpu not in _CPUS:
@@ -93,7 +92,7 @@ class Emulation(Connection):
         host = this_machine()
         changes = {
             "model": None, "soc": None, "cpu": f"{self._cpu} of QEMU {self._version}", "architecture": "aarch64",
-            "features": _CPUS[self._cpu].features, "cpus": default_threads(), "governor": None, "max_mhz": None, "temperatures_c": {},
+            "features": _CPUS[self._cpu].features, "governor": None, "max_mhz": None, "temperatures_c": {},
         }  # fmt: skip
         return host.model_copy(update=changes)
 
@@ -126,7 +125,7 @@ class CountingSession(ProcessSession):
     def _count(self, image: "NDArray[np.float32]", runs: int) -> dict[str, float]:
         """Instructions of a whole process that makes `runs` inferences."""
         plugin = ["-plugin", f"{self._counter},out={self._counted.path('counts')}"]
-        time = "\t".join(map(str, ("time", self._put(image), runs, *image.shape[1:])))
+        time = "\t".join(map(str, ("time", self._put(image), 0, runs, *image.shape[1:])))
         command = [*self._emulator, *plugin, *self._program, "1"]
         done = subprocess.run(command, input=f"{time}\n", capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:

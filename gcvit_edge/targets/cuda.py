@@ -71,6 +71,7 @@ def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
 def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
     """The ways of PyTorch, if there are weights; golden is a float artifact, or the first one if the bundle has none in float."""
     from gcvit_edge.artifact import Artifact
+    from gcvit_edge.model.create import load_model
 
     if options.arithmetic not in _ARITHMETIC:
         raise unknown_name("arithmetic", options.arithmetic, _ARITHMETIC)
@@ -85,6 +86,7 @@ def _pytorch_cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Ca
     weights = options.weights.resolve()
     if not weights.is_file():
         raise UserError(f"checkpoint {options.weights} does not exist; give --weights the file that the bundle was made of")
+    load_model(str(weights))  # what is wrong with it is wrong with every way
     golden = next((artifact for artifact in artifacts if artifact.precision == "float"), artifacts[0])
     name = options.arithmetic
     return [
@@ -159,11 +161,10 @@ class Gpu(Connection):
     def machine(self) -> "Machine":
         import torch
 
-        from gcvit_edge.cpus import default_threads
         from gcvit_edge.measurement.machine import this_machine
 
         gpu = torch.cuda.get_device_name(self.device) if self.device != "cpu" else None
-        return this_machine().model_copy(update={"cpus": default_threads(), "accelerator": gpu and f"{gpu}, CUDA {torch.version.cuda}"})
+        return this_machine().model_copy(update={"accelerator": gpu and f"{gpu}, CUDA {torch.version.cuda}"})
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
         artifact = case.artifact
@@ -172,7 +173,7 @@ class Gpu(Connection):
         try:
             return ProcessSession(artifact, command, LocalFolder())
         except CheckFailed as error:
-            if artifact.backend != "pytorch":
-                raise
             way = {steps: way for way, steps in WAYS.items()}.get(case.execution.rpartition(", ")[0])
+            if artifact.backend != "pytorch" or way == "eager":  # the plainest needs nothing that others do without
+                raise
             raise CheckFailed(f"{str(error).rstrip()}\nto do without it, give --ways without {way}") from error

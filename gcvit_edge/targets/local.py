@@ -55,7 +55,7 @@ class Local(Connection):
     def machine(self) -> "Machine":
         from gcvit_edge.measurement.machine import this_machine
 
-        return this_machine().model_copy(update={"cpus": default_threads()})
+        return this_machine()
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> "Session":
         return Session(case.artifact, threads, pinned=pinned)

@@ -1,6 +1,6 @@
 """The native runner on this machine: what a program without Python gets from a .pte."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +10,12 @@ from gcvit_edge.cpus import default_threads, fastest_here
 from gcvit_edge.native.build import RunnerFiles, build_runner, host, missing_tools
 from gcvit_edge.targets import Case, Connection
 from gcvit_edge.targets._process import ETDUMP, LocalFolder, ProcessSession, profile_file
+from gcvit_edge.targets._process import runner_cases as cases
 
 if TYPE_CHECKING:
-    from gcvit_edge.artifact import Artifact
     from gcvit_edge.measurement.machine import Machine
+
+__all__ = ["ADDRESS", "HELP", "MEASURES_TIME", "Options", "cases", "connect", "missing"]
 
 HELP = "this machine's CPU by the native C++ runner, built on demand; runs executorch"
 ADDRESS = "none"
@@ -31,10 +33,6 @@ def missing(address: str) -> str | None:
     return missing_tools(host())
 
 
-def cases(artifacts: "Sequence[Artifact]", options: Options) -> list[Case]:
-    return [Case(artifact, "cpu") for artifact in artifacts if artifact.backend == "executorch"]
-
-
 @contextmanager
 def connect(address: str, options: Options) -> Iterator[Connection]:
     yield NativeRunner(build_runner(), options)
@@ -50,7 +48,7 @@ class NativeRunner(Connection):
     def machine(self) -> "Machine":
         from gcvit_edge.measurement.machine import this_machine
 
-        return this_machine().model_copy(update={"cpus": default_threads()})
+        return this_machine()
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
         command = [str(self._files.executable), str(case.artifact.path.resolve()), str(threads)]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gcvit_edge.errors import UserError
 from gcvit_edge.targets import Connection, _shell
-from gcvit_edge.targets._remote import RemoteOptions, cases, connect_shell
+from gcvit_edge.targets._process import runner_cases as cases
+from gcvit_edge.targets._remote import RemoteOptions, connect_shell
 from gcvit_edge.targets._shell import Shell, program_missing
 from gcvit_edge.targets._sockets import socket_folder
 
@@ -21,9 +22,10 @@ MEASURES_TIME = True
 CONNECT_SECONDS = 10
 _PLAIN = frozenset(string.ascii_letters + string.digits + " -./_")
 
-# what ssh prints, and what helps
+# what ssh, or the first script there, prints, and what helps
 _REFUSALS = {
-    "Permission denied": "a key must let you in without a password: ssh-copy-id {host}",
+    "mkdir: ": "choose a folder that you may write to with --remote-dir",
+    "Permission denied (": "a key must let you in without a password: ssh-copy-id {host}",
     "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than last time; if you know why, ssh-keygen -R and connect by hand once",
     "Host key verification failed": "its key is not known; connect once by hand, ssh {host}, and compare the fingerprint",
     "Could not resolve": "check the name",

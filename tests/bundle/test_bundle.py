@@ -14,8 +14,10 @@ from tiny import CLASSES, EVALUATION_IMAGES, Tiny
 
 import gcvit_edge
 from gcvit_edge import Bundle, export_float, open_bundle
+from gcvit_edge.bundle.bundle import wrong_answers
 from gcvit_edge.data import Preprocessing, find_images, read_image, read_preprocessing
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer
+from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE
 from gcvit_edge.report.card import model_card
 from gcvit_edge.training.job import OWN_LICENCE
@@ -244,6 +246,12 @@ def test_verify_finds_a_wrong_golden_output(copy: Path) -> None:
     replace_golden(copy, np.roll(logits, 1, axis=1))
     with pytest.raises(WrongAnswer, match=r"onnx\.int8 gives other logits than when it was made: to -?\d+\.\d dB \(at least \d\d\)"):
         open_bundle(copy).verify()
+
+
+def test_verify_names_all_that_answer_wrongly() -> None:
+    parities = {name: Parity(sqnr_db=sqnr, minimum_db=20, same_top1=1, passed=sqnr > 20) for name, sqnr in (("a", 3), ("b", 30), ("c", 4))}
+    assert [line.split()[0] for line in str(wrong_answers(parities)).splitlines()] == ["a", "c"]
+    assert wrong_answers({"b": parities["b"]}) is None
 
 
 def test_verify_allows_what_other_cpus_round(copy: Path) -> None:

@@ -253,5 +253,6 @@ def test_baseline_that_is_not_finite_is_refused(value: float) -> None:
 def test_wilson_interval_by_hand() -> None:
     low, high = wilson_interval(45, 50)  # the classic example: 90 % of 50
     assert (low, high) == pytest.approx((0.7864, 0.9565), abs=1e-4)
-    assert wilson_interval(0, 20)[0] == pytest.approx(0.0, abs=1e-12)
-    assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
+    assert all(wilson_interval(0, count)[0] == pytest.approx(0.0, abs=1e-12) for count in range(1, 100))
+    assert all(wilson_interval(count, count)[1] == pytest.approx(1.0) for count in range(1, 100))
+    assert all(0 <= end <= 1 for count in range(1, 100) for right in (0, count) for end in wilson_interval(right, count))

@@ -1,10 +1,12 @@
 """Facts of a machine, read from what a shell prints on very different ones."""
 
+import os
 import platform
+import subprocess
 
 import pytest
 
-from gcvit_edge.measurement.machine import Machine, parse_facts, this_machine, without_int8_products
+from gcvit_edge.measurement.machine import FACTS_SCRIPT, Machine, parse_facts, this_machine, without_int8_products
 
 PI5 = """
 == uname
@@ -92,6 +94,13 @@ def test_raspberry_pi() -> None:
         system="Debian GNU/Linux 12 (bookworm)", kernel="Linux 6.6.31+rpt-rpi-2712",
     )  # fmt: skip
     assert parse_facts(PI5).title == "Raspberry Pi 5 Model B Rev 1.0: 2x Cortex-A76, 2 CPUs (asimd, asimddp), 62 °C"
+
+
+def test_cpus_are_those_that_may_be_used() -> None:
+    assert parse_facts(f"{PI5}\n== cpus\n1\n").cpus == 1
+    allowed = sorted(os.sched_getaffinity(0))
+    printed = subprocess.run(["taskset", "-c", str(allowed[-1]), "sh", "-c", FACTS_SCRIPT], capture_output=True, text=True, check=True)
+    assert parse_facts(printed.stdout).cpus == 1
 
 
 def test_phone_with_several_kinds_of_core() -> None:

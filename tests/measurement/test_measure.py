@@ -3,7 +3,10 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from target_contract import BRIEF
@@ -12,8 +15,9 @@ import gcvit_edge.targets
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli._options import report_error
 from gcvit_edge.errors import CheckFailed
+from gcvit_edge.measurement.accuracy import Logits
 from gcvit_edge.measurement.devices import find_devices
-from gcvit_edge.measurement.measure import benchmark_bundle, evaluate_bundle
+from gcvit_edge.measurement.measure import _references, benchmark_bundle, evaluate_bundle
 from gcvit_edge.progress import Steps
 
 COMPARING = """
@@ -73,6 +77,25 @@ def test_a_float_artifact_that_is_no_baseline_leaves_all_results(devices: list[s
     error = report_error(report)
     assert type(error) is CheckFailed
     assert error.exit_code == 4
+
+
+def test_integers_are_compared_with_the_float_of_their_own_runtime() -> None:
+    labels = np.arange(20) % 4
+    right = np.eye(4, dtype=np.float32)[labels]
+    sure, unsure, wrong = 2 * right, right.copy(), -right
+
+    def answer(backend: str, precision: str, logits: Logits, passed: bool = True) -> tuple[Any, Logits]:
+        return SimpleNamespace(backend=backend, precision=precision, parity=SimpleNamespace(passed=passed)), logits
+
+    answers = [
+        answer("executorch", "float", wrong, passed=False), answer("openvino", "float", sure), answer("onnx", "float", unsure),
+        answer("onnx", "float", sure), answer("onnx", "int8", wrong),
+    ]  # fmt: skip
+    references = _references(SimpleNamespace(failures=[]), answers, labels)  # type: ignore[arg-type]
+    assert {backend: logits is (sure if backend == "openvino" else unsure) for backend, logits in references.items()} == {
+        "openvino": True, "onnx": True,
+    }  # fmt: skip
+    assert _references(SimpleNamespace(failures=[]), answers[:4], labels) == {}  # type: ignore[arg-type]  # nothing to compare
 
 
 def test_a_connection_that_fails_at_its_end_leaves_the_results(bundle: Bundle) -> None:

@@ -60,6 +60,15 @@ def needs(missing: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing is not None and os.environ.get("CI") != "true", reason=missing or "")
 
 
+@needs(None if shutil.which("cc") else "needs a C compiler")
+def test_what_a_killed_build_left_is_removed(cache: Path) -> None:
+    for name in ("unfinished-old", "unfinished-under-way"):
+        (cache / name / "made").mkdir(parents=True)
+    os.utime(cache / "unfinished-old", (0, 0))
+    kept = build.build_counter().parent
+    assert {path.name for path in cache.iterdir()} == {"unfinished-under-way", kept.name}
+
+
 @needs(build.missing_tools(build.host()))
 def test_built_once_and_again_when_a_source_changes(cache: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-Wall -Wextra -Werror")  # here, not where users build: another compiler knows other warnings

@@ -1,7 +1,10 @@
 """A session with a process, whatever that process answers."""
 
+import os
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,22 @@ def test_many_inferences_are_not_waited_for_as_long_as_each_alone() -> None:
         session._timeout = 0.2
         with pytest.raises(CheckFailed, match="no answer within 1 s"):
             session.time(np.zeros((1, 3, 2, 2), np.float32), 4)
+
+
+def test_descriptors_past_1024(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a program has that holds hundreds of sessions."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < 1200:
+        pytest.skip(f"this process may have {most} descriptors only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, 1200), most))
+    try:
+        with ExitStack() as held:
+            for _ in range(1030):
+                held.enter_context(open(os.devnull))
+            with ProcessSession(ARTIFACT, shell(f"echo '{READY}'; cat"), LocalFolder(), 20) as session:
+                assert session.load_ms == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def test_several_answers_at_once_and_one_in_parts(tmp_path: Path) -> None:

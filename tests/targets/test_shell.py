@@ -11,7 +11,7 @@ from shlex import quote
 import pytest
 from boards import need, wait_for
 
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import _shell
 from gcvit_edge.targets._shell import Keeper, Shell
 
@@ -41,6 +41,19 @@ def ended() -> int:
     gone = subprocess.Popen(["true"])
     gone.wait()
     return gone.pid
+
+
+def test_a_last_word_after_the_end_of_a_script() -> None:
+    class Wrapped(Here):
+        def command(self, script: str) -> list[str]:
+            return ["sh", "-c", f"sh -c {quote(script)}; echo goodbye >&2"]
+
+    shell = Wrapped("sh")
+    assert shell.run("echo fine; echo careful >&2") == b"fine\n"
+    with pytest.raises(CheckFailed, match=r"here: no such thing$"):
+        shell.run("echo no such thing >&2; exit 3")
+    with pytest.raises(CheckFailed, match=r"the connection to here was lost: (?s:.*)goodbye"):
+        shell.run("kill -9 $$")
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -219,9 +219,16 @@ def test_the_home_folder_of_another_user(options: Options) -> None:
 
 def test_a_folder_that_cannot_be_made(options: Options) -> None:
     nowhere = replace(options, remote_dir="/proc/nowhere")
-    message = r"cannot use board: .*/proc/nowhere.*; see whether this works"
+    message = r"cannot use board: .*/proc/nowhere.*; choose a folder that you may write to with --remote-dir"
     with pytest.raises(UserError, match=message), connect("board", nowhere):
         pass
+
+
+def test_what_helps() -> None:
+    shell = ssh.Ssh("pi@board", None, Path("socket"))
+    refused = "mkdir: cannot create directory '/opt/gcvit-edge': Permission denied"
+    assert shell.refusal(refused) == "choose a folder that you may write to with --remote-dir"
+    assert "ssh-copy-id pi@board" in shell.refusal("pi@board: Permission denied (publickey,password).")
 
 
 def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Options, board: Board) -> None:

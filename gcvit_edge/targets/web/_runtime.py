@@ -1,7 +1,6 @@
 """The files of ONNX Runtime Web: kept in the user's cache, fetched only when asked for, and used only if they are the known ones."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -20,7 +19,9 @@ _FETCH = "python -m gcvit_edge.targets.web"
 
 def cache_folder() -> Path:
     """Where the files are kept, below $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gcvit-edge" / f"onnxruntime-web-{VERSION}"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("gcvit-edge")) / f"onnxruntime-web-{VERSION}"
 
 
 def missing_runtime() -> str | None:
