@@ -45,7 +45,8 @@ IDLE_PASSES = {
 
 @contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Inside, `to_edge_transform_and_lower` of a deploy form takes a third of its time."""
+    """Inside, `to_edge_transform_and_lower` of a deploy form takes a third of its time, if it is told not to check operators on the way
+    (`_check_ir_validity=False`): some that it would convert there and back stay what they are."""
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassBase, PassResult
