@@ -58,7 +58,7 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
         groups = [cases] if mode.together and not site.emulated else [[case] for case in cases]
-        with steps.step(f"{site.device.name}: time", mode.turns * len(cases), timed=True) as advance:
+        with steps.step(f"{site.device.name}: time", mode.turns * len(cases), timed=not site.emulated) as advance:
             return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
 
     artifacts = _artifacts(bundle, backends)
