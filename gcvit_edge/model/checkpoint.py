@@ -214,10 +214,10 @@ def _reason(error: Exception) -> str:
 
 
 def _turned_as(wanted: Size, sizes: tuple[Size, ...], source: str) -> Size:
-    """That of the sizes, the one of which is the other turned, which is as high or as wide as another that is not square.
+    """Of a size and the same turned, the one that is turned as `wanted` is.
 
     Raises:
-        UserError: it is square.
+        UserError: `wanted` is square.
     """
     if wanted[0] == wanted[1]:
         raise UserError(_which_size(source, sizes))
