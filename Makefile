@@ -27,8 +27,9 @@ lint: setup
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright
 
-# one file of tests a process, one thread each: two processes of two threads would wait for each other most of the time
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+# one file of tests a process, one thread each: two processes of two threads would wait for each other most of the time. Files in their
+# order, of which backends/ takes longest: by number of tests, as is the default, those of few long tests would come last, on one CPU
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not slow" --durations=10
