@@ -1,6 +1,6 @@
 """How long to wait for a device: the option `timeout` of the targets that have it; and waiting for what a program says."""
 
-import selectors
+import select
 from typing import IO
 
 from gcvit_edge.errors import UserError
@@ -14,11 +14,12 @@ TIMEOUT = {
 def readable(pipe: IO[bytes], seconds: float | None) -> bool:
     """Whether a program says something, or ends, within so many seconds; None waits for ever.
 
-    Not by select(), which takes no descriptor from 1,024 on: there are as many where many sessions are open.
+    Not by select(), which takes no descriptor from 1,024 on: there are as many where many sessions are open. Nor by epoll, which forgets
+    a pipe that another thread closes, and then waits for ever; poll() still sees its end.
     """
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
 
 
 def check_timeout(seconds: int) -> None:

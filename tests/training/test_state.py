@@ -9,6 +9,6 @@ from gcvit_edge.training.state import write_state
 
 
 def test_a_run_that_cannot_be_saved_is_no_bad_input(tmp_path: Path) -> None:
-    (tmp_path / "mine.run.partial").mkdir()  # in the way of what is written
+    (tmp_path / "mine.run").mkdir()  # in the way of what is written
     with pytest.raises(CheckFailed, match=r"cannot save the run to .*; make room, then --resume"):
         write_state(tmp_path / "mine.run", {}, {})
