@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-# for operators that the deploy form does not have; the first eight on the way to ExecuTorch's dialect, the others to XNNPACK
+# for operators that the deploy form does not have; the first seven on the way to ExecuTorch's dialect, the others to XNNPACK
 IDLE_PASSES = {
     "ConstPropPass",
     "DimOrderOpsRevertPass",  # of what MemoryFormatOpsPass did
@@ -24,7 +24,6 @@ IDLE_PASSES = {
     "NormalizeTransposePass",
     "RemoveMixedTypeOperators",
     "ReplaceBrokenOpsWithFunctionalOpsPass",
-    "ScalarToTensorPass",
     "SymToTensorPass",
     "Conv1dUnsqueezePass",
     "ConvertToLinearPass",

@@ -44,7 +44,7 @@ echo '== uname'; uname -srm
 echo '== system'; (. /etc/os-release && echo "$PRETTY_NAME") || echo "Android $(getprop ro.build.version.release)"
 echo '== model'; tr -d '\0' < /proc/device-tree/model || cat /sys/class/dmi/id/product_name || getprop ro.product.model; echo
 echo '== soc'; getprop ro.soc.model || cat /sys/devices/soc0/machine; echo
-echo '== cpus'; nproc
+echo '== cpus'; (unset OMP_NUM_THREADS OMP_THREAD_LIMIT; nproc)
 echo '== cpuinfo'; cat /proc/cpuinfo
 echo '== meminfo'; cat /proc/meminfo
 echo '== governor'; cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor

@@ -99,8 +99,10 @@ def test_raspberry_pi() -> None:
 def test_cpus_are_those_that_may_be_used() -> None:
     assert parse_facts(f"{PI5}\n== cpus\n1\n").cpus == 1
     allowed = sorted(os.sched_getaffinity(0))
-    printed = subprocess.run(["taskset", "-c", str(allowed[-1]), "sh", "-c", FACTS_SCRIPT], capture_output=True, text=True, check=True)
-    assert parse_facts(printed.stdout).cpus == 1
+    for pinned, cpus in ((["taskset", "-c", str(allowed[-1])], 1), ([], len(allowed))):
+        environment = os.environ | {"OMP_NUM_THREADS": "1000"}  # which nproc would say
+        printed = subprocess.run([*pinned, "sh", "-c", FACTS_SCRIPT], capture_output=True, text=True, check=True, env=environment)
+        assert parse_facts(printed.stdout).cpus == cpus
 
 
 def test_phone_with_several_kinds_of_core() -> None:
