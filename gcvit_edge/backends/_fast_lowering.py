@@ -7,7 +7,7 @@ Lowering retraces the whole graph some 60 times. Measured on the INT8 graph of X
 - 14 of 48 went into passes that look for operators that GC ViT does not have.
 - A fifth of what was left (of XXT's float graph, 13.6 to 10.7) went into writing every graph as Python code and compiling it; passes
   walk graphs, and of 163 in a small network 2 are called.
-- Of 40 that it then took on another CPU (AMD EPYC, Zen 3; 70 as ExecuTorch comes) 16 went into more such passes, which retrace a graph that
+- Of 40 that it then took on another CPU (AMD EPYC, Zen 3; 70 as ExecuTorch comes) 15 went into more such passes, which retrace a graph that
   stays as it is, and into a decomposition of operators that are gone by then.
 """
 
