@@ -18,7 +18,7 @@ from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.bundle.manifest import GOLDEN_IMAGES, RecipeCopy
 from gcvit_edge.bundle.output import staged_bundle
 from gcvit_edge.bundle.pack import pack
-from gcvit_edge.data import ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
+from gcvit_edge.data import MAX_UNREADABLE, ImageFolder, Labels, Pixels, Preprocessing, class_indices, decode_images, inputs
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import integer_operators, lower_quantized, roundings
 from gcvit_edge.measurement.accuracy import Logits, check_baseline, compare, hits, sqnr_db
@@ -121,9 +121,11 @@ def run_job(job: Job, steps: Steps) -> Bundle | None:
     return open_bundle(job.output)
 
 
-def _decode(images: ImageFolder, preprocessing: Preprocessing, file: Path, name: str, steps: Steps) -> Pixels:
+def _decode(
+    images: ImageFolder, preprocessing: Preprocessing, file: Path, name: str, steps: Steps, max_unreadable: float = MAX_UNREADABLE
+) -> Pixels:
     with steps.step(name, len(images.files)) as advance:
-        return decode_images(images, preprocessing, file, advance)
+        return decode_images(images, preprocessing, file, advance, max_unreadable)
 
 
 def prepare(job: Job, work: Path, steps: Steps) -> "tuple[Calibrated, dict[str, Any]]":
@@ -158,8 +160,7 @@ def _hold_out(job: Job, work: Path, steps: Steps) -> HeldOut | None:
 
 def ranking_images(job: Job, work: Path, steps: Steps) -> list[NDArray[np.float32]]:
     """The images (1, C, H, W) by which layers are ranked."""
-    with steps.step("read images that rank", len(job.ranking.files)) as advance:
-        pixels = decode_images(job.ranking, job.info.preprocessing, work / "ranking.npy", advance, max_unreadable=1)
+    pixels = _decode(job.ranking, job.info.preprocessing, work / "ranking.npy", "read images that rank", steps, max_unreadable=1)
     return list(inputs(pixels, job.info.preprocessing, len(pixels.kept)))
 
 

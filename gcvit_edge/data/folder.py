@@ -21,6 +21,7 @@ from gcvit_edge.errors import UserError, nearest
 IMAGE_SUFFIXES = {
     ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
+_SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def find_images(root: Path, purpose: str) -> ImageFolder:
     else:
         raise UserError(f"{purpose} images: {root} is neither a folder nor a zip archive")
     if not names:
-        raise UserError(f"{purpose} folder {root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{purpose} folder {root} holds no image ({_SUFFIXES})")
     for name in filter(_undecoded, names):
         raise UserError(f"{purpose} images: the name {name!a} in {root} is not UTF-8; rename it")
     classes = tuple(Path(name).parts[0] if "/" in name else "" for name in names)
@@ -160,6 +161,25 @@ def check_apart(flag: str, images: Path, evaluation: Path, used: str) -> None:
         raise UserError(f"{flag} and --eval {shown}; accuracy on images that were {used}, so give other images to one of them")
 
 
+def check_empty(images: ImageFolder) -> None:
+    """Refuses folders without an image where the folders are the classes.
+
+    Raises:
+        UserError: there are some; the message names them.
+    """
+    if images.empty:
+        raise UserError(
+            f"{images.root} has folders without an image ({_SUFFIXES}): {', '.join(images.empty[:5])}; the network "
+            "would not have them as classes: remove them, or give them images"
+        )
+
+
+def has_all_classes(images: ImageFolder, labels: Labels) -> bool:
+    """Whether its folders are those of all classes, by the folders of the labels or by their names."""
+    found = {_normal(name) for name in images.classes}
+    return found in (set(_positions(labels.folders)), set(_positions(_as_folders(labels.names))))
+
+
 def check_depth(images: ImageFolder, labels: Labels) -> None:
     """Refuses a folder, or an archive of one, whose class folders lie one folder deeper, as in a train.zip of the folder `train`.
 
@@ -167,9 +187,11 @@ def check_depth(images: ImageFolder, labels: Labels) -> None:
         UserError: all images lie in one folder, which is no class, and there in folders that are.
     """
     first, *others = set(images.classes)
+    if others:
+        return
     below = {_normal(Path(name).parts[1]) for name in images.files if name.count("/") > 1}
     index = _class_index(labels)
-    if others or _normal(first) in index or not below or not below <= set(index):
+    if _normal(first) in index or not below or not below <= set(index):
         return
     instead = images.root / first if images.root.is_dir() else f"a .zip of what is in {first}/"
     raise UserError(f"{images.root} has the class folders in a folder, {first}, which is no class; give {instead}")
@@ -184,10 +206,10 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
     if "" in images.classes:
         stray = images.files[images.classes.index("")]
         raise UserError(f"{images.root} has images outside class folders, such as {stray}; lay them out as class/image")
-    check_depth(images, labels)
     index = _class_index(labels)
     unknown = sorted(name for name in set(images.classes) if _normal(name) not in index)
     if unknown:
+        check_depth(images, labels)
         guess = nearest(unknown[0], index)
         raise UserError(
             f"{images.root} has {len(unknown)} folders that are no class of the model: {', '.join(unknown[:5])}"
@@ -208,7 +230,11 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
 
 def _class_index(labels: Labels) -> dict[str, list[int]]:
     """Positions of the classes by what their folders may be called."""
-    return _positions(name.replace("/", "_") for name in labels.names) | _positions(labels.folders)
+    return _positions(_as_folders(labels.names)) | _positions(labels.folders)
+
+
+def _as_folders(names: Iterable[str]) -> Iterator[str]:
+    return (name.replace("/", "_") for name in names)
 
 
 def _normal(name: str) -> str:

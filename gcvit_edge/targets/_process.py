@@ -7,10 +7,10 @@ It first loads the artifact and answers
 
 and then to each line of standard input, its words separated by tabs:
 
-    infer IN OUT N C H W    {"done": 1} after each of the N images, {"finished": true} once OUT has the logits (N, classes)
-    time IN UNTIMED RUNS C H W   {"ms": [8.1, ...], "joules": {"package-0": 0.4}}: one image, RUNS times, right after UNTIMED
-                            others of which nothing is said; the rails may be none
-    memory                  {"peak_rss_mb": 214.5}
+    infer IN OUT N C H W          {"done": 1} after each of the N images, {"finished": true} once OUT has the logits (N, classes)
+    time IN UNTIMED RUNS C H W    {"ms": [8.1, ...], "joules": {"package-0": 0.4}}: one image, RUNS times, right after UNTIMED others
+                                  of which nothing is said; the rails may be none
+    memory                        {"peak_rss_mb": 214.5}
 
 It ends when standard input does. When something fails it says so on standard error and ends with an exit code other than 0.
 """

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gcvit_edge.data import ImageFolder, Labels, Preprocessing, check_apart, class_indices, default_preprocessing, find_images
-from gcvit_edge.data.folder import IMAGE_SUFFIXES
+from gcvit_edge.data import (
+    ImageFolder,
+    Labels,
+    Preprocessing,
+    check_apart,
+    check_empty,
+    class_indices,
+    default_preprocessing,
+    find_images,
+    has_all_classes,
+)
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import wilson_interval
 from gcvit_edge.model.checkpoint import Checkpoint, config_of, load_weights, read_checkpoint, save_checkpoint, variant_of
@@ -197,17 +206,12 @@ def _check_output(output: Path, state: Path, resume: bool, force: bool) -> None:
 
 def _choose_labels(labels: Labels | None, checkpoint: Checkpoint | None, images: ImageFolder) -> Labels:
     """As given; else those of the checkpoint, if the images have just these classes; else the names of the folders."""
-    folders = sorted(set(images.classes))
-    if labels is None and checkpoint is not None and checkpoint.labels is not None:
-        known = checkpoint.labels
-        if set(folders) in (set(known.folders), {name.replace("/", "_") for name in known.names}):
-            labels = known
-    if labels is None and images.empty:  # else the folders are the classes
-        raise UserError(
-            f"{images.root} has folders without an image ({', '.join(sorted(IMAGE_SUFFIXES))}): {', '.join(images.empty[:5])}; the network "
-            "would not have them as classes: remove them, or give them images"
-        )
-    labels = labels or Labels.of(folders)
+    known = checkpoint and checkpoint.labels
+    if labels is None and known is not None and has_all_classes(images, known):
+        labels = known
+    if labels is None:
+        check_empty(images)
+        labels = Labels.of(sorted(set(images.classes)))
     if len(labels.names) < 2:
         raise UserError(
             f"{images.root} has images of {len(labels.names)} class, {', '.join(labels.names)}; training needs at least two class folders, "

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import noise, save_all, zipped
 
-from gcvit_edge.data import ImageFolder, Labels, check_depth, class_indices, find_images
+from gcvit_edge.data import ImageFolder, Labels, check_depth, class_indices, find_images, has_all_classes
 from gcvit_edge.errors import UserError
 
 FOLDERS = ("n01440764", "n01443537")
@@ -150,6 +150,9 @@ def test_letters_of_two_parts_are_the_same_letters() -> None:
     assert composed != apart
     for label, folder in ((composed, apart), (apart, composed)):
         assert class_indices(image_folder("bar", folder), Labels.of(["bar", label])).tolist() == [0, 1]
+        assert has_all_classes(image_folder("bar", folder, folder), Labels.of(["bar", label]))
+    assert not has_all_classes(image_folder("bar"), Labels.of(["bar", composed]))
+    assert has_all_classes(image_folder("T-shirt_top"), Labels(names=("T-shirt/top",), folders=("n1",)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
