@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _interrupted(errors: Terminal, interruption: KeyboardInterrupt) -> int:
+    # Python notes an interruption that leaves an `exec` of a string (dataclasses are made by one) though it is caught further out, and
+    # would kill itself by SIGINT after `python -m`; the next `exec` takes the note away
+    exec("")
     errors.print(str(interruption) or "interrupted; nothing was written", markup=False, highlight=False, soft_wrap=True)
     return 130
 

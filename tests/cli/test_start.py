@@ -199,6 +199,16 @@ def test_recipes_refuse(command: Command) -> None:
     assert "which recipe?" in command.refuses("recipes", "show")
 
 
+def test_an_interruption_in_an_exec_is_exit_130(tmp_path: Path) -> None:
+    """Python notes an interruption that leaves an `exec` of a string, as dataclasses are made, and would kill itself by SIGINT."""
+    (tmp_path / "interrupted_in_exec.py").write_text(
+        "from gcvit_edge.cli import entry_point, recipes\nrecipes.run = lambda *_: exec('raise KeyboardInterrupt')\nentry_point()\n"
+    )
+    ended = subprocess.run([sys.executable, "-m", "interrupted_in_exec", "recipes", "list"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert "interrupted; nothing was written" in ended.stderr
+
+
 # doctor
 
 
