@@ -1,4 +1,4 @@
-"""Writes the results tables of README.md, and its picture, from reports.
+"""Writes the tables of README.md and docs/, and the picture, from reports.
 
     gcvit-edge quantize --recipe int8_ptq --output demo && cp demo/report.json results/fashion_mnist.json
     python benchmarks/vs_stock.py --cpu "AMD EPYC (Zen 5)" --json results/vs_stock/gcvit_xxtiny_zen5.json
@@ -15,6 +15,7 @@ GC ViT-XXT and B of results/vs_stock; it needs matplotlib.
 """
 
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def sqnr(entry: dict[str, Any]) -> str:
     return f"{entry['sqnr_db']:.1f} ± {(high - low) / 2:.2f}"
 
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
-HEADER = header(
+RESULTS_HEADER = header(
     "images", "runtime",
     numbers="top-1 float | drop, points | agreement | SQNR, dB | MB, INT8 of float | ms, INT8 of float | speed-up",
 )  # fmt: skip
@@ -69,8 +69,8 @@ def rows(name: str, report: dict[str, Any]) -> list[str]:
     return out
 
 
-def table() -> str:
-    """The whole section, markers included."""
+def results_table() -> str:
+    """INT8 of the default recipe against our float."""
     reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("*.json"))}
     machines = sorted({f"{report['machine']['cpu']}, {report['machine']['threads']} threads" for report in reports.values()})
     if len(machines) > 1:
@@ -80,10 +80,9 @@ def table() -> str:
         f"GC ViT-XXT, `int8_ptq`, {machines[0]}, batch 1, medians. Every figure is read off the INT8 "
         "artifact in its own runtime, against our float artifact on the same images in the same run. In brackets, after ±: 95 % intervals."
     )
-    return "\n".join([BEGIN, note, "", HEADER, *lines, END])
+    return "\n".join([note, "", RESULTS_HEADER, *lines])
 
 
-STOCK_BEGIN, STOCK_END = "<!-- vs_stock -->", "<!-- /vs_stock -->"
 STOCK_HEADER = header("model", "runtime", numbers="stock float | stock INT8 | our float | our INT8 | MB, INT8 of float")
 
 
@@ -93,7 +92,7 @@ def stock_runs() -> list[list[dict[str, Any]]]:
 
 
 def stock_table() -> str:
-    """Ours against the stock way, a table for each CPU, markers included."""
+    """Ours against the stock way, a table for each CPU."""
     runs = stock_runs()
     parts = []
     for cpu in sorted({run[0]["cpu"] for run in runs}):
@@ -112,7 +111,7 @@ def stock_table() -> str:
             STOCK_HEADER,
             *(row for run in here for row in stock_rows(run)),
         ]
-    return "\n".join([STOCK_BEGIN, *parts[1:], STOCK_END])
+    return "\n".join(parts[1:])
 
 
 def stock_rows(entries: list[dict[str, Any]]) -> list[str]:
@@ -129,13 +128,12 @@ def stock_rows(entries: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-GROWTH_BEGIN, GROWTH_END = "<!-- growth -->", "<!-- /growth -->"
 SIZES = {"gcvit_xxtiny": "XXT", "gcvit_tiny": "T", "gcvit_small": "S", "gcvit_base": "B"}
 
 
 def growth_table() -> str:
     """How cost grows with the size of the model, and how near the fastest artifact is to the machine's floor (which older runs do not
-    say), markers included."""
+    say)."""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}  # by CPU and model; float32 alone, in which every CPU ran
     for run in stock_runs():
         if run[0]["img_size"] == [224, 224] and run[0]["model"] in SIZES and not run[0]["runtime"].endswith("bf16"):
@@ -158,10 +156,9 @@ def growth_table() -> str:
         "INT8's time, as a multiple of XXT's",
         numbers=f"{' | '.join(RUNTIMES.values())} | floor, ms: XXT and these | fastest artifact, floors",
     )  # fmt: skip
-    return "\n".join([GROWTH_BEGIN, heads, *lines, GROWTH_END])
+    return "\n".join([heads, *lines])
 
 
-ARM_BEGIN, ARM_END = "<!-- arm_counts -->", "<!-- /arm_counts -->"
 ARM_HEADER = header("model", "CPU", "file", numbers="all | SDOT | SMMLA | FMLA | of our float | SQNR to x86, dB")
 ARM_FILES = {  # in the order of the table
     ("stock", "float"): "stock float",
@@ -173,7 +170,7 @@ ARM_FILES = {  # in the order of the table
 
 
 def arm_table() -> str:
-    """Millions of instructions on ARM, markers included."""
+    """Millions of instructions on ARM."""
     lines = []
     for path in sorted((ROOT / "results" / "arm_counts").glob("*.json")):
         entries = json.loads(path.read_text())
@@ -183,10 +180,9 @@ def arm_table() -> str:
             counts = " | ".join(f"{each[name] / 1e6:.1f}" if each[name] else "0" for name in ("instructions", "sdot", "smmla", "fmla"))
             share = each["instructions"] / by[cpu, "ours", "float"]["instructions"]
             lines.append(f"| {path.stem} | `{cpu.split()[0]}` | {file} | {counts} | {share:.2f}x | {each['sqnr_db']:.0f} |")
-    return "\n".join([ARM_BEGIN, ARM_HEADER, *lines, ARM_END])
+    return "\n".join([ARM_HEADER, *lines])
 
 
-ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy -->", "<!-- /accuracy -->"
 ACCURACY_HEADER = header(
     "recipe", "runtime",
     numbers="images | top-1 | drop, points | agreement | SQNR, dB | agreement with the other runtimes | MB",
@@ -194,7 +190,7 @@ ACCURACY_HEADER = header(
 
 
 def accuracy_table() -> str:
-    """Recipes, and folded the ablation, markers included."""
+    """Recipes, and folded the ablation."""
     recipes, ablation = [], []
     for path in sorted((ROOT / "results" / "accuracy").glob("*.json")):
         for each in json.loads(path.read_text()):
@@ -204,18 +200,15 @@ def accuracy_table() -> str:
                 f"{drop(each)} | {agreement(each)} | {sqnr(each)} | {cross} | {each['size_bytes'] / 1e6:.1f} |"
             )
     fold = "<details>\n<summary>The ablation: one algorithm changed at a time</summary>\n"
-    return "\n".join([ACCURACY_BEGIN, ACCURACY_HEADER, *recipes, "", fold, ACCURACY_HEADER, *ablation, "\n</details>", ACCURACY_END])
+    return "\n".join([ACCURACY_HEADER, *recipes, "", fold, ACCURACY_HEADER, *ablation, "\n</details>"])
 
 
-QAT_BEGIN, QAT_END = "<!-- qat -->", "<!-- /qat -->"
 QAT_HEADER = header("images", "runtime", numbers="top-1 float | top-1 INT8 | drop, points | agreement | SQNR, dB")
 
 
 def qat_table() -> str:
-    """What `int8_qat` gave, and how it was trained, markers included. Its artifacts are as fast as those of `int8_ptq`."""
+    """What `int8_qat` gave, and how it was trained. Its artifacts are as fast as those of `int8_ptq`."""
     reports = {path.stem.replace("_", " "): json.loads(path.read_text()) for path in sorted((ROOT / "results" / "qat").glob("*.json"))}
-    if not reports:
-        return f"{QAT_BEGIN}\n{QAT_END}"
     lines, notes = [], []
     for name, report in reports.items():
         for entry in report["artifacts"]:
@@ -226,10 +219,9 @@ def qat_table() -> str:
         training = report["training"]
         losses = ", ".join(f"{epoch['loss']:.4g}" for epoch in training["epochs"])
         notes.append(f"{name}: {training['images']:,} images, loss by epoch {losses}")
-    return "\n".join([QAT_BEGIN, QAT_HEADER, *lines, "", f"Training: {'; '.join(notes)}.", QAT_END])
+    return "\n".join([QAT_HEADER, *lines, "", f"Training: {'; '.join(notes)}."])
 
 
-AUTO_BEGIN, AUTO_END = "<!-- auto -->", "<!-- /auto -->"
 AUTO_HEADER = header(
     "images", "runtime", "layers in float: found / safe choice",
     numbers="drop, points | agreement | SQNR, dB | ms: `int8_ptq` / found / safe choice / float",
@@ -237,7 +229,7 @@ AUTO_HEADER = header(
 
 
 def auto_table() -> str:
-    """What `int8_auto` found, markers included."""
+    """What `int8_auto` found."""
     lines = []
     for path in sorted((ROOT / "results" / "auto").glob("*.json")):
         report = json.loads(path.read_text())
@@ -250,34 +242,32 @@ def auto_table() -> str:
                 layers = f"{len(found['found'])} / {len(found['safe_choice'])}"
                 times = " / ".join(f"{latency[kind]:.1f}" for kind in ("plain", "chosen", "safe", "float"))
             lines.append(f"| {name} | {entry['backend']} | {layers} | {drop(entry)} | {agreement(entry)} | {sqnr(entry)} | {times} |")
-    return "\n".join([AUTO_BEGIN, AUTO_HEADER, *lines, AUTO_END])
+    return "\n".join([AUTO_HEADER, *lines])
 
 
-def replaced(text: str, begin: str, section: str, end: str) -> str:
-    """`text` with the section between two markers replaced."""
-    return text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
+TABLES: dict[str, dict[str, Callable[[], str]]] = {  # by page, by the name in the markers around it
+    "README.md": {
+        "results": results_table, "vs_stock": stock_table, "accuracy": accuracy_table, "arm_counts": arm_table, "qat": qat_table,
+    },
+    "docs/results.md": {"growth": growth_table},
+    "docs/quantization.md": {"auto": auto_table},
+}  # fmt: skip
 
 
-def updated(text: str) -> str:
-    """The README with all tables made anew."""
-    for begin, section, end in (
-        (BEGIN, table, END),
-        (STOCK_BEGIN, stock_table, STOCK_END),
-        (GROWTH_BEGIN, growth_table, GROWTH_END),
-        (ARM_BEGIN, arm_table, ARM_END),
-        (ACCURACY_BEGIN, accuracy_table, ACCURACY_END),
-        (QAT_BEGIN, qat_table, QAT_END),
-        (AUTO_BEGIN, auto_table, AUTO_END),
-    ):
-        text = replaced(text, begin, section(), end)
+def updated(page: str) -> str:
+    """The text of a page with all its tables made anew."""
+    text = (ROOT / page).read_text()
+    for name, table in TABLES[page].items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        text = text[: text.index(begin) + len(begin)] + table() + text[text.index(end) :]
     return text
 
 
 def main() -> None:
     """Makes everything before it writes anything, since any of it may be refused."""
-    readme = ROOT / "README.md"
-    text, picture = updated(readme.read_text()), stock_picture(stock_runs())
-    readme.write_text(text)
+    pages, picture = {page: updated(page) for page in TABLES}, stock_picture(stock_runs())
+    for page, text in pages.items():
+        (ROOT / page).write_text(text)
     save_picture(picture, ROOT / "results" / "vs_stock.svg")
 
 

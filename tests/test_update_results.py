@@ -34,10 +34,10 @@ def add_run(script: ModuleType, model: str, cpu: str, threads: int = 2, gmac: fl
     (script.ROOT / "results" / "vs_stock" / f"{model}_{cpu}_{threads}.json").write_text(json.dumps(entries))
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", program(PATH).TABLES)
+def test_the_tables_of_a_page_are_those_of_the_results(page: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "ROOT", PATH.parents[1])
-    readme = (PATH.parents[1] / "README.md").read_text()
-    assert script.updated(readme) == readme
+    assert script.updated(page) == (PATH.parents[1] / page).read_text()
 
 
 def test_stock_table(script: ModuleType) -> None:
@@ -61,7 +61,7 @@ def test_growth_table_has_what_each_cpu_ran_in_the_order_of_size(script: ModuleT
         add_run(script, model, "A", gmac=gmac, ms=ms)
     add_run(script, "gcvit_xxtiny", "B", gmac=2.0, ms=4.0)
     add_run(script, "gcvit_small", "B", gmac=8.0, ms=9.0)
-    *_, multiplications, a, b, _ = script.growth_table().splitlines()
+    *_, multiplications, a, b = script.growth_table().splitlines()
     assert multiplications == f"| multiplications (2.00, 5.00, 8.00, 14.00 GMAC) |{' 2.50 / 4.00 / 7.00 |' * 3} | |"
     assert a == "| A: T, B | 2.0 / 4.0 | 2.0 / 4.0 | 2.0 / 4.0 | 2.0 / 5.0 / 14.0 | 1.5 / 1.2 / 0.7 |"
     assert b == "| B: S | 2.2 | 2.2 | 2.2 | 2.0 / 8.0 | 2.0 / 1.1 |"
@@ -100,14 +100,18 @@ def test_tables_of_accuracy_have_intervals(script: ModuleType) -> None:
     assert f"| tiny imagenet, 5,000, limit 0.3 | onnx | none: `int8_ptq` is within it | {intervals}  |" in text
 
 
-def test_nothing_is_written_where_the_picture_is_refused(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_written_or_nothing(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     add_run(script, "gcvit_xxtiny", "A")
-    markers = "".join(f"{getattr(script, name)}\n" for name in dir(script) if name.endswith(("BEGIN", "END")))
-    readme = script.ROOT / "README.md"
-    readme.write_text(markers)
-    for section in ("table", "growth_table", "arm_table", "accuracy_table", "qat_table", "auto_table"):  # their results are not there
-        monkeypatch.setattr(script, section, str)
+    page = script.ROOT / "README.md"
+    page.write_text("<!-- vs_stock -->\nof before\n<!-- /vs_stock -->\n")
+    monkeypatch.setattr(script, "TABLES", {"README.md": {"vs_stock": script.stock_table}})
     with pytest.raises(SystemExit, match="no CPU that ran all of gcvit_xxtiny, gcvit_base"):
         script.main()
-    assert readme.read_text() == markers
+    assert "of before" in page.read_text()
+
+    add_run(script, "gcvit_base", "A")
+    script.main()
+    assert "of before" not in page.read_text()
+    assert page.read_text() == f"<!-- vs_stock -->\n{script.stock_table()}\n<!-- /vs_stock -->\n"
+    assert (script.ROOT / "results" / "vs_stock.svg").stat().st_size > 1000
