@@ -52,6 +52,20 @@ def test_another_top_class_fails_though_the_noise_is_low() -> None:
     assert not parity.passed
 
 
+@pytest.mark.parametrize(("minimum", "measured"), [(20, None), (34, 40.0)])
+@pytest.mark.parametrize(("lead", "passes"), [(1.9, True), (2.1, False)])
+def test_twice_the_noise_that_is_let_through_may_change_the_top_class(
+    minimum: float, measured: float | None, lead: float, passes: bool
+) -> None:
+    golden = np.tile(np.array([[-1.0, 1.0]], np.float32), (1, 50_000))
+    golden[0, 0] = 1 + lead * 10 ** (-minimum / 20)  # in units of the RMS, which is 1
+    swapped = golden.copy()
+    swapped[0, [0, 1]] = golden[0, [1, 0]]
+    parity = check_parity(swapped, golden, "int8", measured_db=measured)
+    assert parity.sqnr_db > parity.minimum_db == minimum
+    assert (parity.same_top1, parity.passed) == (0, passes)
+
+
 def test_a_tie_may_fall_either_way() -> None:
     golden = np.array([[2.0, 1.999, -3.0]], np.float32)
     parity = check_parity(np.array([[1.999, 2.0, -3.0]], np.float32), golden, "int8")
