@@ -11,6 +11,7 @@ from gcvit_edge.measurement.accuracy import (
     check_baseline,
     compare,
     hits,
+    images_that_show,
     images_to_judge,
     paired_drop,
     sqnr_db,
@@ -230,6 +231,19 @@ def test_baseline_bound(right: int, accepted: bool) -> None:
     else:
         with pytest.raises(CheckFailed, match="no better than guessing"):
             check_baseline(logits, labels)
+
+
+@pytest.mark.parametrize("drop", [0.05, 0.15, 0.3, 1.0, 5.0])
+def test_fewest_images_that_can_show_a_drop(drop: float) -> None:
+    count = images_that_show(drop)
+    assert count == pytest.approx(196 / drop, abs=3)  # as the documents say
+    unchanged = np.ones(count, bool)
+    assert paired_drop(unchanged, unchanged)[1][1] <= drop < paired_drop(unchanged[1:], unchanged[1:])[1][1]
+
+
+def test_top5_is_of_five() -> None:
+    logits = np.tile(np.arange(8, dtype=np.float32), (4, 1))  # places of the classes: 7, 6, 5, ...
+    assert compare(logits, logits, np.array([7, 3, 2, 0])).top5 == 0.5
 
 
 @pytest.mark.parametrize(("classes", "count"), [(2, 10), (4, 4), (10, 2), (1000, 1)])

@@ -48,6 +48,13 @@ def test_warm_up_ends_when_two_windows_agree() -> None:
     assert warm_up(Scripted([*[30.0] * 5, *[20.0] * 5, *[10.0] * 5], []), IMAGE) == (20, True)
 
 
+@pytest.mark.parametrize(("after", "stable"), [(0.971, True), (0.969, False), (1.029, True), (1.031, False)])
+def test_windows_agree_within_three_percent(after: float, stable: bool) -> None:
+    runs, agreed = warm_up(Scripted([*[20.0] * 5, *[20 * after] * 5, 20 * after * 2], []), IMAGE)
+    assert agreed
+    assert (runs == 10) is stable
+
+
 def test_warm_up_has_a_cap() -> None:
     ever_faster = [1000 * 0.95 ** (i // 5) for i in range(200)]
     assert warm_up(Scripted(ever_faster, []), IMAGE) == (100, False)
@@ -80,7 +87,6 @@ def test_the_first_inference_after_a_pause_is_no_sample(count: int) -> None:
 
 
 def test_single_stream_needs_both_the_queries_and_the_time() -> None:
-    assert (SINGLE_STREAM.min_runs, SINGLE_STREAM.min_seconds, SINGLE_STREAM.score) == (1024, 60, 90)
     (quick,) = time_sessions([Scripted([1.0], [])], IMAGE, 1, SINGLE_STREAM, lambda: None)
     assert sum(quick.samples) >= 60_000
     (slow,) = time_sessions([Scripted([500.0], [])], IMAGE, 1, SINGLE_STREAM, lambda: None)
@@ -88,7 +94,10 @@ def test_single_stream_needs_both_the_queries_and_the_time() -> None:
 
 
 def test_modes() -> None:
+    """As docs/devices.md has them."""
     assert MODES == {"quick": QUICK, "single-stream": SINGLE_STREAM}
+    assert Mode("quick", min_runs=150, min_seconds=0, runs_a_turn=5, together=True, score=50) == QUICK
+    assert Mode("single-stream", min_runs=1024, min_seconds=60, runs_a_turn=32, together=False, score=90) == SINGLE_STREAM
     assert QUICK.with_turns(4).turns == 4
     assert QUICK.with_turns(4).min_runs == 4 * QUICK.runs_a_turn
 
@@ -98,3 +107,11 @@ def test_noisy_when_one_in_ten_is_much_slower(slow: int, noisy: bool) -> None:
     result = timing([10.0] * 85 + [10.0 * (1 + slow / 100)] * 15)
     assert result.spread == pytest.approx(slow / 100)
     assert result.noisy is noisy
+
+
+def test_the_report_has_percentiles_and_the_spread_of_the_samples() -> None:
+    result = Timing(2, 1.26, 3.456, tuple(float(ms) for ms in range(101)), 60.04, 50.06, 10, True, {})
+    assert result.report() == {
+        "load_ms": 1.3, "first_ms": 3.46, "latency_ms": {"p50": 50.0, "p90": 90.0, "p99": 99.0}, "timed_runs": 101, "spread": 0.8,
+        "noisy": True, "stable": True, "threads": 2, "peak_rss_mb": 60.0, "runtime_rss_mb": 50.1,
+    }  # fmt: skip
