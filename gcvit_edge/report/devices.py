@@ -19,7 +19,7 @@ def benchmark_table(report: Report) -> Table:
         for result in run.results:
             cells = [*_latency(result, report.mode), _number(result.load_ms, 0), f"{result.size_bytes / 1e6:.1f}"]
             cells += [_number(result.peak_rss_mb, 0), _parity(result), *([_energy(result)] if energy else [])]
-            table.add_row(*_head(report, run, result), *cells)
+            table.add_row(*_head(report, run, result, " "), *cells)
         if run.error:
             table.add_row(escape(run.device), _failed(run))
     return table
@@ -40,7 +40,7 @@ def accuracy_table(report: Report) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for run in report.runs:
         for result in run.results:
-            table.add_row(*_head(report, run, result), *_accuracy(result)[: 2 + len(columns)], _parity(result))
+            table.add_row(*_head(report, run, result, "\n"), *_accuracy(result)[: 2 + len(columns)], _parity(result))
         if run.error:
             table.add_row(escape(run.device), _failed(run))
     return table
@@ -52,13 +52,23 @@ def _failed(run: Run) -> str:
 
 def _table(report: Report, what: str) -> Table:
     table = Table(title=f"{escape(report.model)}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for heading in ("device", "artifact", *(["run on"] if _several_ways(report) else [])):
-        table.add_column(heading, overflow="fold")
+    if _several_devices(report):
+        table.add_column("device", overflow="fold")
+    table.add_column("artifact", no_wrap=True)
+    if _several_ways(report):
+        table.add_column("run on", overflow="fold")
     return table
 
 
-def _head(report: Report, run: Run, result: Result) -> list[str]:
-    return [escape(run.device), f"{result.backend} {result.precision}", *([result.execution] if _several_ways(report) else [])]
+def _head(report: Report, run: Run, result: Result, separator: str) -> list[str]:
+    """The first cells of a row. separator: between an artifact's backend and its precision."""
+    device = [escape(run.device)] if _several_devices(report) else []
+    return [*device, f"{result.backend}{separator}{result.precision}", *([result.execution] if _several_ways(report) else [])]
+
+
+def _several_devices(report: Report) -> bool:
+    """Or a single one that failed, which its row says."""
+    return len(report.runs) > 1 or any(run.error for run in report.runs)
 
 
 def _several_ways(report: Report) -> bool:
@@ -112,14 +122,14 @@ def _accuracy(result: Result) -> list[str]:
     if accuracy is None:
         return ["-"] * 5
     low, high = accuracy.top1_ci95
-    cells = [f"{accuracy.top1:.2%}\n[dim]{100 * low:.2f} {100 * high:.2f}[/]", f"{accuracy.top5:.2%}"]
+    cells = [f"{accuracy.top1:.2%}\n[dim]{100 * low:.1f} {100 * high:.1f}[/]", f"{accuracy.top5:.2%}"]
     if accuracy.drop_points is None or accuracy.drop_ci95 is None or accuracy.agreement_ci95 is None or accuracy.sqnr_ci95 is None:
         return [*cells, "", "", ""]
     drop, same, noise = accuracy.drop_ci95, accuracy.agreement_ci95, accuracy.sqnr_ci95
     return [
         *cells,
         f"{accuracy.drop_points:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
-        f"{accuracy.agreement:.2%}\n[dim]{100 * same[0]:.2f} {100 * same[1]:.2f}[/]",
+        f"{accuracy.agreement:.2%}\n[dim]{100 * same[0]:.1f} {100 * same[1]:.1f}[/]",
         f"{accuracy.sqnr_db:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
     ]
 

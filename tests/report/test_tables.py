@@ -1,6 +1,7 @@
 """Tables show names as users gave them, and no column that is empty."""
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 
@@ -20,8 +21,8 @@ def shown(renderable: RenderableType, width: int = 200) -> str:
     return capture.get()
 
 
-def report(*precisions: str, compared: bool) -> Report:
-    """Of devices with the NAMES, each of which failed in the end. compared: with a float artifact."""
+def report(*precisions: str, compared: bool, names: Sequence[str] = NAMES, error: str | None = "it is off") -> Report:
+    """Of devices that all failed in the end. compared: with a float artifact."""
 
     def result(precision: str) -> Result:
         of_drop = {
@@ -30,14 +31,13 @@ def report(*precisions: str, compared: bool) -> Report:
         }  # fmt: skip
         accuracy = Accuracy(images=40, top1=0.9, top1_ci95=(0.8, 0.95), top5=1, **(of_drop if compared and precision != "float" else {}))
         return Result(
-            backend="onnx", precision=precision, execution="cpu", runtime="r", runtime_version="1", threads=1, files={"m": 1000},
+            backend="executorch", precision=precision, execution="cpu", runtime="r", runtime_version="1", threads=1, files={"m": 1000},
             load_ms=1, peak_rss_mb=1, runtime_rss_mb=1, parity=Parity(sqnr_db=90, minimum_db=20, same_top1=1, passed=True),
             accuracy=accuracy, energy_j={"VDD[5V]": 0.1},
         )  # fmt: skip
 
     ran = [
-        Run(device=name, target="ssh", emulated=False, machine=None, results=tuple(map(result, precisions)), error="it is off")
-        for name in NAMES
+        Run(device=name, target="ssh", emulated=False, machine=None, results=tuple(map(result, precisions)), error=error) for name in names
     ]
     return Report(gcvit_edge="0", finished="now", model="m[x]", mode="evaluate", runs=tuple(ran))
 
@@ -86,17 +86,26 @@ def test_the_table_of_quantize_fits_80_columns_with_every_interval() -> None:
 
 def test_the_table_of_evaluate_fits_80_columns() -> None:
     text = shown(accuracy_table(report("int8", compared=True)), 80)
-    for whole in ("80.00 95.00", "+0.10 +0.90", "98.00 99.50", "±1.0", "90 dB"):
+    for whole in ("executorch ", "80.0 95.0", "+0.10 +0.90", "98.0 99.5", "±1.0", "90 dB"):
         assert text.count(whole) == len(NAMES)
+
+
+def test_a_device_that_is_alone_needs_no_column_unless_it_failed() -> None:
+    for table in (accuracy_table, benchmark_table):
+        assert "device" not in shown(table(report("int8", compared=True, names=["local"], error=None)))
+        failed = shown(table(report("int8", compared=True, names=["local"])))
+        assert "device" in failed
+        assert "failed in part" in failed
+        assert "device" in shown(table(report("int8", compared=True, names=["local", "pi"], error=None)))
 
 
 def test_columns_of_a_comparison_are_shown_where_there_is_one() -> None:
     headings = ("drop", "agree", "SQNR")
     with_float, alone = shown(accuracy_table(report("float", "int8", compared=True))), shown(accuracy_table(report("int8", compared=False)))
     assert all(heading in with_float and heading not in alone for heading in headings)
-    assert "+0.10 +0.90  98.00 99.50  ±1.0" in with_float
+    assert "+0.10 +0.90  98.0 99.5  ±1.0" in with_float
     assert all(value in with_float for value in ("+0.50", "99.00%", "30.0"))
     for text in (with_float, alone):
         assert "90.00%" in text
-        assert "80.00 95.00" in text
+        assert "80.0 95.0" in text
         assert "90 dB" in text
