@@ -55,17 +55,16 @@ def noise_warnings(report: dict[str, Any]) -> list[str]:
 
 
 def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
-    """Latency, load time and memory of artifacts."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for heading in ("runtime", "precision"):
-        table.add_column(heading)
-    for heading in ("ms p50", "p90", "p99", "first", "load ms", "MB", "peak MB"):
-        table.add_column(heading, justify="right")
+    """Latency, load time (both in ms) and memory of artifacts; fits 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("artifact", no_wrap=True)
+    for heading in ("p50 ms", "p90", "p99", "first", "load", "MB", "RAM"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         latency = entry["latency_ms"]
         table.add_row(
-            entry["backend"], entry["precision"], *(f"{latency[key]:.2f}" for key in ("p50", "p90", "p99")), f"{entry['first_ms']:.1f}",
-            f"{entry['load_ms']:.0f}", f"{entry['size_bytes'] / 1e6:.1f}", f"{entry['peak_rss_mb']:.0f}",
+            f"{entry['backend']} {entry['precision']}", *(f"{latency[key]:.2f}" for key in ("p50", "p90", "p99")),
+            f"{entry['first_ms']:.1f}", f"{entry['load_ms']:.0f}", f"{entry['size_bytes'] / 1e6:.1f}", f"{entry['peak_rss_mb']:.0f}",
         )  # fmt: skip
     return table
 

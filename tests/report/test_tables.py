@@ -9,7 +9,7 @@ from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.measurement.result import Accuracy, Report, Result, Run
 from gcvit_edge.report.analysis import analysis_tables
 from gcvit_edge.report.devices import accuracy_table, benchmark_table
-from gcvit_edge.report.table import results_table
+from gcvit_edge.report.table import results_table, timing_table
 
 NAMES = ("pi [lab]", "pi[/dev/ttyUSB0]", "[red]")
 
@@ -88,6 +88,21 @@ def test_the_table_of_evaluate_fits_80_columns() -> None:
     text = shown(accuracy_table(report("int8", compared=True)), 80)
     for whole in ("executorch ", "80.0 95.0", "+0.10 +0.90", "98.0 99.5", "±1.0", "90 dB"):
         assert text.count(whole) == len(NAMES)
+
+
+def test_the_table_of_export_fits_80_columns() -> None:
+    latency = {"p50": 1234.56, "p90": 1345.67, "p99": 1456.78}
+    entry = {
+        "backend": "executorch",
+        "precision": "float",
+        "latency_ms": latency,
+        "first_ms": 1567.8,
+        "load_ms": 12345,
+        "size_bytes": 408.4e6,
+    }
+    text = shown(timing_table("gcvit_base, float", [entry | {"peak_rss_mb": 2345}]), 80)
+    for whole in ("executorch float", "1234.56", "1456.78", "1567.8", "12345", "408.4", "2345", "p50 ms"):
+        assert whole in text
 
 
 def test_a_device_that_is_alone_needs_no_column_unless_it_failed() -> None:
