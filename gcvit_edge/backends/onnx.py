@@ -51,6 +51,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     """Exports with PyTorch's exporter; dynamic linears become what ONNX Runtime fuses into DynamicQuantizeMatMul."""
     import torch
 
+    from gcvit_edge.backends._onnx_cleanup import clean_up
     from gcvit_edge.backends._onnx_constants import fold_at_load
     from gcvit_edge.backends._onnx_norms import fuse_norms
     from gcvit_edge.backends._onnx_operators import pack_grouped_weights, translations
@@ -59,10 +60,11 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     with torch.no_grad():
         program = torch.onnx.export(
             deployed, (example,), dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
-            custom_translation_table=translations(),
+            custom_translation_table=translations(), optimize=False,
         )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    clean_up(program.model)
     fuse_norms(program.model)
     store_tables(program.model)
     model = program.model_proto
@@ -75,8 +77,8 @@ def save(graph: "ModelProto", path: Path, info: "ModelInfo") -> list[Path]:
     """Writes one .onnx file, with labels and preprocessing in `metadata_props`."""
     import onnx
 
-    for node in graph.graph.node:  # where in the source it came from, 4 % of an INT8 file
-        del node.metadata_props[:]
+    for part in (*graph.graph.node, *graph.graph.input, *graph.graph.output):  # where in the source it came from, 4 % of an INT8 file
+        del part.metadata_props[:]
     del graph.graph.value_info[:]
     del graph.metadata_props[:]
     properties = {

@@ -37,7 +37,7 @@ def _table(title: str, *headings: str) -> Table:
 def _layers(entry: dict[str, Any], images: int) -> Table:
     table = _table(
         f"{entry['backend']}: the {SHOWN} layers of {len(entry['layers'])} that disturb the logits most, dB on {images} images",
-        "layer", "alone", "without", "simulated", "deployed", "to sim.",
+        "layer", "alone", "without", "sim.", "real", "apart",
     )  # fmt: skip
     columns = ("alone_db", "without_db", "simulated_db", "deployed_db", "deployed_to_simulated_db")
     for layer in sorted(entry["layers"], key=lambda layer: layer["alone_db"])[:SHOWN]:
@@ -45,7 +45,10 @@ def _layers(entry: dict[str, Any], images: int) -> Table:
         table.add_row(name, *(f"{layer[column]:.1f}" for column in columns))
     logits = entry["logits"]
     table.add_row("logits", "", "", *(f"{logits[c]:.1f}" for c in columns[2:]), style="bold")
-    table.caption = f"alone: it alone is rounded; without: it alone stays float (all rounded: {entry['all_rounded_db']:.1f})"
+    table.caption = (
+        f"logits, if a layer alone is rounded, alone stays float (all rounded: {entry['all_rounded_db']:.1f});\n"
+        "its output, all rounded: simulated, in the runtime, one against the other"
+    )
     table.caption_justify = "left"
     return table
 
