@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcvit_edge.quantization.integers import Affine, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.integers import Affine, GroupedWeight, IntegerConstant, IntegerWeight
 
 finite = st.floats(-1e4, 1e4, allow_nan=False)
 
@@ -68,3 +68,38 @@ def test_the_same_integers_are_found_again() -> None:
 def test_a_weight_of_zeros_stays_zero() -> None:
     assert not IntegerWeight(torch.zeros(3, 4))().any()
     assert not IntegerConstant(torch.zeros(2, 2))().any()
+
+
+@pytest.mark.parametrize(("dtype", "middle"), [("int8", 0), ("uint8", 128)])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-3.0, 1.0)])
+def test_a_symmetric_range_has_its_zero_in_the_middle(low: float, high: float, dtype: str, middle: int) -> None:
+    affine = Affine.symmetric(low, high, dtype)
+    assert (affine.scale, affine.zero_point) == (3 / 127, middle)
+    np.testing.assert_allclose(affine.round_trip(torch.tensor([-3.0, 0.0, 3.0])), [-3, 0, 3], rtol=1e-6)
+
+
+def test_a_constant_is_within_half_a_step_of_127() -> None:
+    torch.manual_seed(0)
+    constant = torch.randn(40, 50)
+    constant[0, 0] = -5.08
+    integers = IntegerConstant(constant)
+    assert integers.scale == pytest.approx(5.08 / 127)
+    assert integers.values.min() == -127
+    assert (integers() - constant).abs().max() <= 0.02 * 1.0001
+
+
+def test_int4_has_the_best_scale_of_a_group() -> None:
+    """Of those that make its largest magnitude 4 to 8, by the squared error that they leave."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 64)
+    integers = GroupedWeight(weight)
+    assert integers.values.min() >= -8
+    assert integers.values.max() <= 7
+    assert integers.scale.shape == (40, 2)
+    groups, largest = weight.view(-1, 32), weight.view(-1, 32).abs().amax(1, keepdim=True)
+    errors = []
+    for level in (8, 7.5, 7, 6.5, 6, 5.5, 5, 4):
+        scale = (largest / level).bfloat16().float()
+        errors.append(((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(1))
+    torch.testing.assert_close((integers() - weight).view(-1, 32).square().sum(1), torch.stack(errors).amin(0))
+    assert torch.stack(errors).argmin(0).unique().numel() > 3  # no level is best for all
