@@ -9,6 +9,7 @@ import argparse
 import errno
 import gc
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from rich.console import RenderableType
 
 import gcvit_edge.cli as _package
 from gcvit_edge.cli._output import Terminal, captured_noise, is_unwritable, unwritable_ends
-from gcvit_edge.errors import CheckFailed, LimitBroken, UserError
+from gcvit_edge.errors import CheckFailed, LimitBroken, UserError, nearest
 from gcvit_edge.interruption import interrupted
 from gcvit_edge.registry import load_module, module_names
 
@@ -71,8 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         module.add_arguments(verb)
         verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output, and nothing else there")
-        verb.set_defaults(run=module.run)
+        verb.set_defaults(run=module.run, parser=verb)
     return parser
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; of an unknown option says its verb which one was meant perhaps, where argparse names no verb."""
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        verb: argparse.ArgumentParser = arguments.parser
+        flag = unknown[0].partition("=")[0]
+        guess = nearest(flag, re.findall(r"(?<!\S)--[a-z-]+", verb.format_help())) if flag.startswith("--") else None
+        verb.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {guess}?" if guess else ""))
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         OSError: who reads the output has gone, or a disk is full; the entry point makes exit codes of them.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = _parsed(argv)
     with _caught_endings(), captured_noise() as streams:
         errors = Terminal(file=streams.err, stderr=True, emoji=False)
         try:

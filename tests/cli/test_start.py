@@ -77,6 +77,24 @@ def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: gcvit-edge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["quantize", "--recipie", "int8_ptq"], "unrecognized arguments: --recipie int8_ptq; did you mean --recipe?"),
+        (
+            ["benchmark", "bundle", "--target=local", "--thread=2", "--modes=quick"],
+            "unrecognized arguments: --modes=quick; did you mean --mode?",
+        ),
+        (["predict", "bundle", "a.jpg", "--zzzzqqq"], "unrecognized arguments: --zzzzqqq"),
+        (["verify", "bundle", "another"], "unrecognized arguments: another"),
+    ],
+)
+def test_an_unknown_option_is_told_by_its_verb_with_the_nearest_one(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.splitlines()[-1] == f"gcvit-edge {argv[0]}: error: {said}"
+
+
 # signals
 
 
