@@ -198,6 +198,9 @@ def test_default_preprocessing_is_timms() -> None:
     assert default_preprocessing((224, 224), 0.875).resize == 256
     assert default_preprocessing((64, 64), 0.875).resize == 73
     assert default_preprocessing((512, 512), 1.0, squash=True).mode == "squash"
+    usual = default_preprocessing((224, 224), 0.875)
+    assert (usual.mode, usual.interpolation) == ("shortest_edge", "bicubic")
+    assert (usual.mean, usual.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # preprocessor_config.json

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from gcvit_edge.model.deploy import Point
-from gcvit_edge.quantization.ranges import _least_divergence, _least_error, _percentile, _rounded, observe
+from gcvit_edge.quantization.integers import Affine
+from gcvit_edge.quantization.ranges import _histograms, _least_divergence, _least_error, _percentile, _rounded, observe
 from gcvit_edge.recipe import RangeMethod
 
 VALUES = np.random.default_rng(0).standard_normal(200_000)
@@ -16,6 +17,48 @@ BINS = 2048
 def histogram(values: np.ndarray) -> tuple[np.ndarray, float, float]:
     low, high = float(values.min()), float(values.max())
     return np.histogram(values, BINS, (low, high))[0].astype(float), low, high
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-3.0, 0.5), (0.0, 7.0), (2.0, 7.0), (-7.0, -2.0), (-0.17, 6.0)])
+def test_rounding_is_that_of_the_runtimes(low: float, high: float) -> None:
+    values = np.linspace(min(low, 0) - 1, max(high, 0) + 1, 1999)
+    expected = Affine.of_range(low, high, "uint8").round_trip(torch.from_numpy(values).float()).numpy()
+    rounded = _rounded(values, low, high)
+    assert len(np.unique(rounded)) == 256
+    assert np.mean(np.abs(rounded - expected) > 1e-5) < 0.01  # ties, which float32 decides
+
+
+@torch.no_grad()
+def test_counts_are_those_of_all_values_of_all_images() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    images = [np.random.default_rng(seed).normal(2, 1 + seed, (500, 4)).astype(np.float32) for seed in range(3)]
+    values = np.concatenate(images)
+    ranges = {"0.input": (float(values.min()), float(values.max()))}
+    counts = _histograms(network, lambda: iter(images), ranges)
+    assert counts.keys() == ranges.keys()
+    expected = np.histogram(values, BINS, ranges["0.input"])[0]
+    assert counts["0.input"].sum() == values.size
+    assert np.abs(np.cumsum(counts["0.input"]) - np.cumsum(expected)).max() <= 3  # at the edge of a bin float32 decides
+
+
+@torch.no_grad()
+def test_a_place_that_holds_one_value_is_counted() -> None:
+    network = nn.Sequential(nn.Linear(4, 3))
+    counts = _histograms(network, lambda: iter([np.full((5, 4), 2, np.float32)]), {"0.input": (2.0, 2.0)})
+    assert counts["0.input"][0] == counts["0.input"].sum() == 20
+
+
+def test_places_that_are_not_asked_for_are_not_observed() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    images = [np.ones((2, 4), np.float32)]
+    assert observe(network, lambda: iter(images), "mse", places=["0.output"]).keys() == {"0.output"}
+    assert observe(network, lambda: iter(images), "mse", places=[]) == {}
+
+
+def test_percentile_leaves_a_twenty_thousandth_outside_at_either_end() -> None:
+    counts = np.full(BINS, 5_000_000 / BINS)
+    counts[:2] = counts[-2:] = 0.00003 * counts.sum()  # one bin less than the tail, two more
+    assert _percentile(counts, -4, 4) == pytest.approx((-4 + 8 / BINS, 4 - 8 / BINS), abs=1e-9)
 
 
 def test_percentile_keeps_all_but_the_tails() -> None:
@@ -30,6 +73,23 @@ def test_least_error_is_no_worse_than_any_narrower_range() -> None:
     error = np.square(_rounded(outlier, *ends) - outlier).mean()
     for part in (0.3, 0.5, 0.7, 1.0):
         assert error <= 1.02 * np.square(_rounded(outlier, outlier.min() * part, 40 * part) - outlier).mean()
+
+
+@pytest.mark.parametrize("outlier", [40.0, -40.0])
+def test_least_error_is_the_least_of_either_end(outlier: float) -> None:
+    counts, low, high = histogram(np.append(VALUES, outlier))
+    values = low + (np.arange(BINS) + 0.5) * (high - low) / BINS
+    ends = _least_error(counts, low, high)
+
+    def error(low: float, high: float) -> float:
+        return float(counts @ np.square(_rounded(values, low, high) - values))
+
+    parts = np.linspace(1, 0.2, 41)
+    assert any(ends[0] == pytest.approx(low * part) for part in parts)
+    assert any(ends[1] == pytest.approx(high * part) for part in parts)
+    assert error(*ends) <= min(error(low * part, ends[1]) for part in parts)
+    assert error(*ends) < 0.8 * error(low, high)
+    assert max(-ends[0], ends[1]) < 35
 
 
 def test_least_error_keeps_a_range_without_outliers() -> None:
