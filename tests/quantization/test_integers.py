@@ -13,6 +13,7 @@ finite = st.floats(-1e4, 1e4, allow_nan=False)
 def test_a_range_is_covered_to_half_a_step_and_zero_is_exact(low: float, high: float, dtype: str) -> None:
     low, high = min(low, high), max(low, high)
     affine = Affine.of_range(low, high, dtype)
+    assert affine.scale == pytest.approx(max((max(high, 0) - min(low, 0)) / 255, 1e-12))
     assert (0 if dtype == "uint8" else -128) <= affine.zero_point <= (255 if dtype == "uint8" else 127)
     x = torch.linspace(low, high, 101, dtype=torch.float64).float()
     assert (affine.round_trip(x) - x).abs().max() <= affine.scale * 0.51 + 1e-6 * max(abs(low), abs(high))
