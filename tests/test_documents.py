@@ -1,5 +1,6 @@
 """README.md and what it leads to: links lead somewhere, and what it says of the command line is there."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def anchors(page: Path) -> set[str]:
     """What GitHub makes of the headings of a page: lower case, without punctuation, hyphens for spaces."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each verb."""
+    return next(dict(action.choices) for action in build_parser()._actions if action.dest == "verb" and action.choices)
+
+
+def first_column(heading: str) -> list[str]:
+    """The first cells of the README's table that begins with `heading`."""
+    table = PAGES[0].read_text().partition(heading)[2].partition("\n\n")[0]
+    return re.findall(r"^\| (.*?) \|", table, flags=re.M)[1:]  # without the line below the heading
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -36,33 +48,26 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_verbs_and_exit_codes_of_the_readme_are_those_of_the_command_line() -> None:
-    readme = PAGES[0].read_text()
-    verbs = next(action.choices for action in build_parser()._actions if action.dest == "verb")
-    assert verbs is not None
-    assert [verb for verb in verbs if verb != "quantize" and not re.search(rf"^\| `{verb}[ `]", readme, flags=re.M)] == []
-    codes = re.findall(r"^  (\d+) ", EXIT_CODES, flags=re.M)
-    assert codes == re.findall(r"^\| (\d+) \|", readme.partition("| code | meaning |")[2].partition("\n\n")[0], flags=re.M)
+    rows = first_column("| verb | what it does |")
+    assert [verb for verb in verbs() if verb != "quantize" and not any(re.match(rf"`{verb}[ `]", row) for row in rows)] == []
+    assert re.findall(r"^  (\d+) ", EXIT_CODES, flags=re.M) == first_column("| code | meaning |")
 
 
 def test_every_recipe_is_in_the_readme() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    rows = re.findall(
-        r"^\| (.*?) \|", PAGES[0].read_text().partition("| recipe | what is in integers |")[2].partition("\n\n")[0], flags=re.M
-    )
+    rows = first_column("| recipe | what is in integers |")
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == recipes
 
 
 def test_flags_of_the_documents_exist() -> None:
     """Every option of a `gcvit-edge VERB` command in a code block is one of that verb."""
-    verbs = next(action.choices for action in build_parser()._actions if action.dest == "verb")
-    assert verbs is not None
-    wrong = []
+    parsers, wrong = verbs(), []
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.match(r"gcvit-edge (\S+)(.*?)(?: #|$)", line)
                 if command:
-                    known = verbs[command[1]]._option_string_actions
+                    known = parsers[command[1]]._option_string_actions
                     wrong += [
                         f"{page.name}: {command[1]} {flag}"
                         for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", command[2])

@@ -177,7 +177,7 @@ def check_empty(images: ImageFolder) -> None:
 def has_all_classes(images: ImageFolder, labels: Labels) -> bool:
     """Whether its folders are those of all classes, by the folders of the labels or by their names."""
     found = {_normal(name) for name in images.classes}
-    return found in (set(_positions(labels.folders)), set(_positions(_as_folders(labels.names))))
+    return found in (set(_positions(labels.folders)), set(_positions(Labels.of(labels.names).folders)))
 
 
 def check_depth(images: ImageFolder, labels: Labels) -> None:
@@ -230,11 +230,7 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
 
 def _class_index(labels: Labels) -> dict[str, list[int]]:
     """Positions of the classes by what their folders may be called."""
-    return _positions(_as_folders(labels.names)) | _positions(labels.folders)
-
-
-def _as_folders(names: Iterable[str]) -> Iterator[str]:
-    return (name.replace("/", "_") for name in names)
+    return _positions(Labels.of(labels.names).folders) | _positions(labels.folders)
 
 
 def _normal(name: str) -> str:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.table import Table
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import EQUAL_DB
 from gcvit_edge.paths import require_folder
-from gcvit_edge.report.table import epochs_table
+from gcvit_edge.report.table import compact_table, epochs_table
 
 JSON = "analysis.json"
 SHOWN = 12
@@ -28,7 +27,7 @@ def analysis_tables(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table(title)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")  # long names break
     return table
@@ -49,7 +48,6 @@ def _layers(entry: dict[str, Any], images: int) -> Table:
         f"logits, if a layer alone is rounded, alone stays float (all rounded: {entry['all_rounded_db']:.1f});\n"
         "its output, all rounded: simulated, in the runtime, one against the other"
     )
-    table.caption_justify = "left"
     return table
 
 

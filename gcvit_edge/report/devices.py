@@ -1,11 +1,10 @@
 """A report of devices on the terminal: all side by side in one table."""
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from gcvit_edge.measurement.result import Report, Result, Run
-from gcvit_edge.report.table import noisy
+from gcvit_edge.report.table import compact_table, compared_cells, noisy
 
 
 def benchmark_table(report: Report) -> Table:
@@ -32,9 +31,8 @@ def accuracy_table(report: Report) -> Table:
     """
     found = [result.accuracy for run in report.runs for result in run.results if result.accuracy]
     compared = any(accuracy.drop_points is not None for accuracy in found)
-    table = _table(report, f"{max((accuracy.images for accuracy in found), default=0)} images")
-    table.caption = "drop in points, SQNR in dB; below them, 95 % intervals" if compared else "below it, its 95 % interval"
-    table.caption_justify = "left"
+    caption = "drop in points, SQNR in dB; below them, 95 % intervals" if compared else "below it, its 95 % interval"
+    table = _table(report, f"{max((accuracy.images for accuracy in found), default=0)} images", caption)
     columns = ("drop", "agree", "SQNR") if compared else ()
     for heading in ("top-1", "top-5", *columns, "parity"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -50,8 +48,8 @@ def _failed(run: Run) -> str:
     return "[red]failed in part[/]" if run.results else "[red]failed[/]"
 
 
-def _table(report: Report, what: str) -> Table:
-    table = Table(title=f"{escape(report.model)}, {what}", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+def _table(report: Report, what: str, caption: str | None = None) -> Table:
+    table = compact_table(f"{escape(report.model)}, {what}", caption)
     if _several_devices(report):
         table.add_column("device", overflow="fold")
     table.add_column("artifact", no_wrap=True)
@@ -125,13 +123,7 @@ def _accuracy(result: Result) -> list[str]:
     cells = [f"{accuracy.top1:.2%}\n[dim]{100 * low:.1f} {100 * high:.1f}[/]", f"{accuracy.top5:.2%}"]
     if accuracy.drop_points is None or accuracy.drop_ci95 is None or accuracy.agreement_ci95 is None or accuracy.sqnr_ci95 is None:
         return [*cells, "", "", ""]
-    drop, same, noise = accuracy.drop_ci95, accuracy.agreement_ci95, accuracy.sqnr_ci95
-    return [
-        *cells,
-        f"{accuracy.drop_points:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
-        f"{accuracy.agreement:.2%}\n[dim]{100 * same[0]:.1f} {100 * same[1]:.1f}[/]",
-        f"{accuracy.sqnr_db:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
-    ]
+    return [*cells, *compared_cells(accuracy.model_dump())]
 
 
 def _parity(result: Result) -> str:

@@ -1,5 +1,6 @@
 """Tables of a report on the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -7,30 +8,39 @@ from rich.markup import escape
 from rich.table import Table
 
 
+def compact_table(title: str, caption: str | None = None) -> Table:
+    """An empty table whose columns are as near to each other as can be, for 80 columns."""
+    return Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True
+    )
+
+
+def compared_cells(entry: Mapping[str, Any]) -> list[str]:
+    """Drop in points, agreement and SQNR in dB, each with its 95 % interval below it. entry: with these by the names of reports."""
+    drop, same, noise = entry["drop_ci95"], entry["agreement_ci95"], entry["sqnr_ci95"]
+    return [
+        f"{entry['drop_points']:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
+        f"{entry['agreement']:.2%}\n[dim]{100 * same[0]:.1f} {100 * same[1]:.1f}[/]",
+        f"{entry['sqnr_db']:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
+    ]
+
+
 def results_table(report: dict[str, Any]) -> Table:
     """One line an INT8 artifact, with float beside it; fits 80 columns."""
     machine = report["machine"]
-    table = Table(
-        title=f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
-        caption="drop in points, SQNR in dB; below them, 95 % intervals; ms: median, batch 1, "
+    table = compact_table(
+        f"{report['model']}, {report['recipe']}: {report['images']} images, float top-1 {report['float']['top1']:.2%}",
+        "drop in points, SQNR in dB; below them, 95 % intervals; ms: median, batch 1, "
         f"{machine['threads']} threads, {escape(machine['cpu'])}",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
     )
     table.add_column("runtime", no_wrap=True)
     for heading in ("top-1", "drop", "agree", "SQNR", "MB", "ms", "faster"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in report["artifacts"]:
-        drop, same, noise = entry["drop_ci95"], entry["agreement_ci95"], entry["sqnr_ci95"]
         table.add_row(
             entry["backend"] if entry["within_limits"] else f"[red]{entry['backend']}\nover limit[/]",
             f"{entry['top1']:.2%}",
-            f"{entry['drop_points']:+.2f}\n[dim]{drop[0]:+.2f} {drop[1]:+.2f}[/]",
-            f"{entry['agreement']:.2%}\n[dim]{100 * same[0]:.1f} {100 * same[1]:.1f}[/]",
-            f"{entry['sqnr_db']:.1f}\n[dim]±{(noise[1] - noise[0]) / 2:.1f}[/]",
+            *compared_cells(entry),
             f"{entry['size_bytes'] / 1e6:.1f}\n[dim]of {entry['float_size_bytes'] / 1e6:.1f}[/]",
             f"{entry['latency_ms']['p50']:.1f}\n[dim]of {entry['float_latency_ms']['p50']:.1f}[/]",
             f"{entry['speedup']:.2f}x",
@@ -56,7 +66,7 @@ def noise_warnings(report: dict[str, Any]) -> list[str]:
 
 def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
     """Latency, load time (both in ms) and memory of artifacts; fits 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = compact_table(title)
     table.add_column("artifact", no_wrap=True)
     for heading in ("p50 ms", "p90", "p99", "first", "load", "MB", "RAM"):
         table.add_column(heading, justify="right", no_wrap=True)
