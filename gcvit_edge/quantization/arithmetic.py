@@ -20,7 +20,8 @@ class Arithmetic:
     activations: integer type of static activations. linear, mlp, conv: scales of the input of a linear, of one of an MLP, of a
     convolution. delicate: the same for the few linears whose rounding costs much accuracy and whose work is nothing: the head, and the
     gates of Fused-MBConvs. late_pointwise: the same for those 1x1 convolutions of the last two stages that are linears: there one image's
-    range is far from another's (None: as other linears). grouped: the same for linears whose weights are INT4 in groups, where
+    range is far from another's (None: as other linears). last_mlp: the same for MLPs of the last stage, where GELU has few values (None:
+    as other MLPs). grouped: the same for linears whose weights are INT4 in groups, where
     activations are integers at all.
     static_linear: linears with static scales as such, or as the 1x1 convolutions that they are too, whose kernels are others.
     linear_output: whether kernels of linears with static scales answer in integers too. symmetric_right: whether the right factor of
@@ -33,6 +34,7 @@ class Arithmetic:
     conv: ConvScales = "static"
     delicate: Scales = "weights"
     late_pointwise: Scales | None = None
+    last_mlp: Scales | None = None
     grouped: GroupedScales = "weights"
     static_linear: Literal["linear", "conv"] = "linear"
     linear_output: bool = False

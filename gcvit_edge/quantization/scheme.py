@@ -43,6 +43,7 @@ class Rounding:
 # one row an image, or the logits themselves: half of an XXT's noise if they were static, at 0.1 % of its work
 _DELICATE = ("head", "squeeze", "excite")
 _LATE_POINTWISE = re.compile(r"stages\.[23]\..*\.pointwise")
+_LAST_MLP = re.compile(r"stages\.3\..*\.fc[12]")
 _HALVES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _MLP = ("fc1", "fc2")
 _RIGHT = ("attention.k.output", "attention.key", "attention.v.output", "attention.value")  # right factors of products
@@ -101,6 +102,8 @@ def quantize(
             return arithmetic.delicate
         if arithmetic.late_pointwise and _LATE_POINTWISE.fullmatch(name):
             return arithmetic.late_pointwise
+        if arithmetic.last_mlp and _LAST_MLP.fullmatch(name):
+            return arithmetic.last_mlp
         return arithmetic.mlp if name.endswith(_MLP) else arithmetic.linear
 
     def linear(name: str, layer: nn.Linear) -> nn.Module:

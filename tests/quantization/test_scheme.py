@@ -108,6 +108,22 @@ def test_late_pointwise_convolutions_have_scales_of_their_own_where_a_runtime_wa
     assert sqnr_db(logits(apart), logits(model)) > sqnr_db(logits(together), logits(model))
 
 
+def test_mlps_of_the_last_stage_have_scales_of_their_own_where_a_runtime_wants_them(model: nn.Module, ranges: Ranges) -> None:
+    deployed = deploy(model)
+    linears = kinds(deployed, nn.Linear)
+    mlps = [name for name in linears if name.endswith(("fc1", "fc2"))]
+    last = [name for name in mlps if name.startswith("stages.3.")]
+    assert 0 < len(last) < len(mlps)
+    others = {*linears, *kinds(deployed, nn.Conv2d)} - set(mlps)
+    together, apart = (
+        quantize(deployed, frozenset({"linear"}), dataclasses.replace(STATIC, linear_output=True, last_mlp=scales), ranges, keep=others)
+        for scales in (None, "dynamic_row")
+    )
+    assert (kinds(together, StaticLayer), kinds(together, DynamicRowLinear)) == (mlps, [])
+    assert (kinds(apart, StaticLayer), kinds(apart, DynamicRowLinear)) == ([name for name in mlps if name not in last], last)
+    assert sqnr_db(logits(apart), logits(model)) > sqnr_db(logits(together), logits(model))
+
+
 def test_operators_that_are_not_asked_for_stay_float(model: nn.Module, ranges: Ranges) -> None:
     deployed = deploy(model)
     nothing = quantize(deployed, frozenset(), STATIC, ranges)
