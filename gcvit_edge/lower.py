@@ -1,8 +1,6 @@
 """From a trained network to one artifact of one backend: deploy form, quantization, export."""
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,29 +71,13 @@ def lower_network(name: str, network: "nn.Module", precision: str, info: ModelIn
     """Writes the artifact of a network that is written and quantized for backend `name`."""
     import torch
 
+    from gcvit_edge.backends._fast_export import fast_export
+
     backend = load_backend(name)
     path = folder / backend.ARTIFACT.format(precision=precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = read_config(info.config)
     example = torch.zeros(1, config.in_chans, *config.img_size)
-    with _without_collection():
+    with fast_export():
         files = backend.save(backend.capture(network, example), path, info)
     return Artifact(name, precision, path, tuple(files))  # type: ignore[arg-type]
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Inside, Python does not look for cycles, which takes a sixth of an exporter's time: it makes millions of short-lived objects, among
-    hundreds of thousands that stay. Afterwards it looks once, at what was made since."""
-    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
-    gc.disable()
-    if not frozen:  # else by the program that called us, whose objects are to stay so
-        gc.freeze()
-    try:
-        yield
-    finally:
-        gc.collect()
-        if not frozen:
-            gc.unfreeze()
-        if collecting:
-            gc.enable()

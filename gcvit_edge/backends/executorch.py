@@ -75,11 +75,11 @@ def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
         config = EdgeCompileConfig(_check_ir_validity=False)  # what is not valid shows below, and when the file is run
         partitioner = XnnpackPartitioner(configs=_partitioner_configs())
         edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[partitioner], compile_config=config)
-    calls = Counter(str(n.target) for n in edge.exported_program().graph.nodes if n.op == "call_function")
-    delegates, _ = calls.pop("executorch_call_delegate", 0), calls.pop("<built-in function getitem>", 0)
-    if calls or delegates != 1:
-        raise CheckFailed(f"XNNPACK did not take the whole network: {delegates} delegate calls, left outside: {dict(calls)}")
-    path.write_bytes(edge.to_executorch().buffer)
+        calls = Counter(str(n.target) for n in edge.exported_program().graph.nodes if n.op == "call_function")
+        delegates, _ = calls.pop("executorch_call_delegate", 0), calls.pop("<built-in function getitem>", 0)
+        if calls or delegates != 1:
+            raise CheckFailed(f"XNNPACK did not take the whole network: {delegates} delegate calls, left outside: {dict(calls)}")
+        path.write_bytes(edge.to_executorch().buffer)
     return [path]
 
 

@@ -1,0 +1,67 @@
+"""Exporters in less of their time, with the same files to the byte (tests/backends/test_contract.py).
+
+- They make millions of short-lived objects, among hundreds of thousands that stay: looking for cycles is a sixth of their time.
+- Every retrace copies every node's provenance, which grows with each and only serves debuggers; the records are shared instead.
+- Every graph is written as Python code and compiled; next to none is called.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import Parameter, Signature
+from typing import Any
+from unittest.mock import patch
+
+
+@contextmanager
+def fast_export() -> Iterator[None]:
+    """Inside, capturing and lowering of networks is faster, by whichever exporter of PyTorch's graphs."""
+    from torch.fx import GraphModule
+    from torch.fx.traceback import NodeSource
+
+    compile_now = GraphModule.recompile
+
+    def share(self: NodeSource, memo: dict[int, Any]) -> NodeSource:
+        return self
+
+    def compile_when_called(self: GraphModule) -> None:
+        """As torch.fx's own `_LazyGraphModule` does, which only its own tracers make."""
+
+        def forward(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
+            compile_now(module)  # which puts the real one in the place of this one
+            return module.forward(*args, **kwargs)
+
+        pytree: Any = getattr(self.graph._codegen, "pytree_info", None)
+        if pytree is None:
+            names = [node.target for node in self.graph.find_nodes(op="placeholder")]
+        else:
+            names = [name for name in pytree.orig_args if name != "self"]
+            self._in_spec, self._out_spec = pytree.in_spec, pytree.out_spec
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+        forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # which names the inputs of a network
+        self._code = ""  # for messages to developers
+        type(self).forward = forward  # every GraphModule has a class of its own
+
+    with (
+        _without_collection(),
+        patch.object(NodeSource, "__deepcopy__", share, create=True),
+        patch.object(GraphModule, "recompile", compile_when_called),
+    ):
+        yield
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Inside, Python does not look for cycles. Afterwards it looks once, at what was made since."""
+    collecting, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.disable()
+    if not frozen:  # else by the program that called us, whose objects are to stay so
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if not frozen:
+            gc.unfreeze()
+        if collecting:
+            gc.enable()
