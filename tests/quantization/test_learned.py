@@ -159,7 +159,8 @@ def test_what_any_runtime_rounds_is_learned_and_nothing_else(calibrated: Calibra
     assert set(layers) == linears | dense
     assert set(static_places(student)) == (linears - exact) | dense
     answers = {name for name, layer in layers.items() if layer.output is not None}
-    assert answers == {name for name in linears if name.endswith(("fc1", "fc2"))}  # XNNPACK's MLPs
+    # XNNPACK's MLPs, but for those of the last stage
+    assert answers == {name for name in linears if name.endswith(("fc1", "fc2")) and not name.startswith("stages.3.")}
     assert not any(isinstance(module, LearnedPoint) for module in student.modules())
     assert sum(isinstance(module, IntegerConstant) for module in student.modules()) == 6
     onnx_alone = learnable(calibrated, [rounding(RECIPE, load_backend("onnx"))])
