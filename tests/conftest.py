@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 from quantized import make_quantized
+from remembered import remember
 from searched import make_searched
 from tiny import Tiny, make_ruined
 from torch import nn
@@ -68,6 +69,14 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return made_once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def artifacts_once(made_once: Callable[..., Path]) -> Iterator[None]:
+    """Of the same network, but in tests of the backends (backends/conftest.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        remember(patch, made_once)
+        yield
 
 
 @pytest.fixture(scope="session")
