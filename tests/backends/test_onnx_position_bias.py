@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gcvit_edge.backends import onnx as backend
+from gcvit_edge.backends._fast_export import fast_export
 from gcvit_edge.backends._onnx_position_bias import index_of, table_of, window_of
 from gcvit_edge.lower import simulate
 from gcvit_edge.model.create import create_model
@@ -35,6 +36,11 @@ def written(recipe: str | None) -> nn.Module:
     return simulate("onnx", calibrate(model(), parsed, lambda: iter(IMAGES)), parsed)
 
 
+def captured(network: nn.Module) -> onnx.ModelProto:
+    with fast_export():
+        return backend.capture(network, torch.zeros(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("window", [(7, 7), (3, 5), (2, 2), (1, 6)])
 def test_windows_are_found(window: tuple[int, int]) -> None:
     module = RelativePositionBias(window, num_heads=3)
@@ -53,10 +59,10 @@ def test_other_constants_have_no_window() -> None:
 
 @pytest.mark.parametrize("recipe", [None, "int8_ptq_full", "fp16"])
 def test_the_same_logits_of_smaller_files(recipe: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, example = written(recipe), torch.zeros(1, 3, 64, 64)
-    with_tables = backend.capture(network, example)
+    network = written(recipe)
+    with_tables = captured(network)
     monkeypatch.setattr("gcvit_edge.backends._onnx_position_bias.store_tables", lambda model: None)
-    without = backend.capture(network, example)
+    without = captured(network)
     onnx.checker.check_model(with_tables, full_check=True)
     assert len(lookups(with_tables)) == BLOCKS
     assert lookups(without) == []
@@ -70,7 +76,7 @@ def test_the_same_logits_of_smaller_files(recipe: str | None, monkeypatch: pytes
 def test_nothing_is_looked_up_in_an_inference(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnxruntime.InferenceSession(backend.capture(written("int8_ptq"), torch.zeros(1, 3, 64, 64)).SerializeToString(), options)
+    onnxruntime.InferenceSession(captured(written("int8_ptq")).SerializeToString(), options)
     optimized = onnx.load(tmp_path / "optimized.onnx")
     kinds = {node.op_type for node in optimized.graph.node}
     assert "Attention" in kinds
