@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 from quantized import make_quantized
-from remembered import remember
+from remembered import forget, remember
 from searched import make_searched
 from tiny import Tiny, make_ruined
 from torch import nn
@@ -73,9 +73,17 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def artifacts_once(made_once: Callable[..., Path]) -> Iterator[None]:
-    """Of the same network, but in tests of the backends (backends/conftest.py)."""
+    """Of the same network, unless a test asks for `artifacts_anew`."""
     with pytest.MonkeyPatch.context() as patch:
         remember(patch, made_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def artifacts_anew(artifacts_once: None) -> Iterator[None]:
+    """Where making them is what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        forget(patch)
         yield
 
 

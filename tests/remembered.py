@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from gcvit_edge import beside
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.backends import load_backend
 from gcvit_edge.lower import lower_float, lower_network
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
 
-make = lower_network  # whatever is put in its place
+make = lower_network  # the real one
 
 
 def remember(patch: pytest.MonkeyPatch, made_once: Callable[..., Path]) -> None:
@@ -33,6 +34,12 @@ def remember(patch: pytest.MonkeyPatch, made_once: Callable[..., Path]) -> None:
 
     patch.setattr("gcvit_edge.lower.lower_network", lower_network)
     patch.setattr("gcvit_edge.pipeline.FloatArtifacts", FloatArtifacts)
+
+
+def forget(patch: pytest.MonkeyPatch) -> None:
+    """Everything is made anew, as for users."""
+    patch.setattr("gcvit_edge.lower.lower_network", make)
+    patch.setattr("gcvit_edge.pipeline.FloatArtifacts", beside.FloatArtifacts)
 
 
 class FloatArtifacts:

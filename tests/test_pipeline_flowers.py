@@ -8,7 +8,7 @@ from pipeline_checks import check_bundle
 from gcvit_edge import open_bundle, quantize
 from gcvit_edge.backends import backend_names
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("artifacts_anew")]
 
 
 def test_flowers_photographs(tmp_path: Path, shared: Path) -> None:

@@ -7,7 +7,7 @@ from pipeline_checks import check_bundle
 
 from gcvit_edge import quantize
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("artifacts_anew")]
 
 
 def test_embedded_sample(tmp_path: Path) -> None:

@@ -1,12 +1,6 @@
-from collections.abc import Iterator
-
 import pytest
-from remembered import make
 
 
 @pytest.fixture(scope="module", autouse=True)
-def artifacts_anew(artifacts_once: None) -> Iterator[None]:
-    """Making them is what is tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gcvit_edge.lower.lower_network", make)
-        yield
+def artifacts_of_backends(artifacts_anew: None) -> None:
+    """Every test here makes its own."""
