@@ -27,8 +27,8 @@ def remember(patch: pytest.MonkeyPatch, made_once: Callable[..., Path]) -> None:
     def lower_network(name: str, network: torch.nn.Module, precision: str, info: ModelInfo, folder: Path) -> Artifact:
         what = f"{name}.{precision}.{digest(network, info)}"
         found = made_once(what, lambda place: make(name, network, precision, info, place))
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [Path(shutil.copy(file, folder)) for file in sorted(found.iterdir())]
+        shutil.copytree(found, folder, dirs_exist_ok=True)
+        files = [folder / file.relative_to(found) for file in sorted(found.rglob("*")) if file.is_file()]
         main = folder / load_backend(name).ARTIFACT.format(precision=precision)
         return Artifact(name, precision, main, (main, *(file for file in files if file != main)))  # type: ignore[arg-type]
 
