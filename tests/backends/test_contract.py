@@ -1,6 +1,7 @@
 """One contract that every backend passes; a new backend is tested here unasked."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +14,49 @@ from gcvit_edge.bundle.manifest import sha256
 from gcvit_edge.lower import lower_float, lower_quantized, simulate
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.create import create_model, describe_model
+from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo
-from gcvit_edge.quantization.calibrate import calibrate
+from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets.local import Session
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((16, 3, 64, 64), np.float32)]
 
 
-class Made:
-    """What a backend makes of the small model, once for all tests."""
+@dataclass(frozen=True)
+class Small:
+    """A small model, what calibration made of it, and its logits (16, 8)."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        torch.manual_seed(0)
-        # two blocks in the first stage: a local and a global one, with several windows
-        self.model = create_model(dim=16, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 8), num_classes=8, img_size=64)
-        self.info: ModelInfo = describe_model(self.model)
+    model: GCViT
+    info: ModelInfo
+    recipe: Recipe
+    calibrated: Calibrated
+    expected: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+    torch.manual_seed(0)
+    # two blocks in the first stage: a local and a global one, with several windows
+    model = create_model(dim=16, depths=(2, 1, 1, 1), num_heads=(2, 2, 4, 8), num_classes=8, img_size=64)
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    with torch.no_grad():
+        expected = np.concatenate([model(torch.from_numpy(image)).numpy() for image in IMAGES])
+    return Small(model, describe_model(model), recipe, calibrate(model, recipe, lambda: iter(IMAGES)), expected)
+
+
+class Made:
+    """What a backend makes of it, once for all tests."""
+
+    def __init__(self, name: str, small: Small, folder: Path) -> None:
         self.backend: Backend = load_backend(name)
-        self.recipe: Recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        self.calibrated = calibrate(self.model, self.recipe, lambda: iter(IMAGES))
+        self.model, self.info, self.recipe, self.calibrated = small.model, small.info, small.recipe, small.calibrated
+        self.expected = small.expected
         self.float = lower_float(name, self.model, self.info, folder)
         self.int8 = self.quantized(folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("gcvit_edge.backends._fast_export.fast_export", nullcontext)
             self.plain = lower_float(name, self.model, self.info, folder / "plain")  # quantization must not have changed the model
-        with torch.no_grad():
-            self.expected = np.concatenate([self.model(torch.from_numpy(image)).numpy() for image in IMAGES])
 
     def quantized(self, folder: Path, operators: tuple[str, ...] = ("linear", "conv")) -> Artifact:
         recipe = self.recipe.model_copy(update={"operators": operators})
@@ -50,8 +68,8 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=backend_names())
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(request.param, tmp_path_factory.mktemp(request.param))
+def made(request: pytest.FixtureRequest, small: Small, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(request.param, small, tmp_path_factory.mktemp(request.param))
 
 
 def test_float_artifact_is_exact(made: Made) -> None:

@@ -26,7 +26,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     return LabelledImages(images, class_indices(images, Labels.of(CLASSES)), SMALL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_model(make_model: Callable[..., GCViT]) -> Callable[..., GCViT]:
     """Makes a network of dim 16 for 32 px and 4 classes; the same one for the same arguments."""
     return lambda **changes: make_model(**{"img_size": 32, "depths": (1, 2, 2, 1), "num_classes": 4} | changes)

@@ -43,11 +43,11 @@ def model(small_model: Callable[..., GCViT]) -> GCViT:
     return small_model().eval()
 
 
-@pytest.fixture
-def calibrated(model: GCViT, colours: LabelledImages) -> Calibrated:
+@pytest.fixture(scope="module")
+def calibrated(small_model: Callable[..., GCViT], colours: LabelledImages) -> Calibrated:
     """With ranges of a quarter of what was seen: there is much to learn."""
     recipe = Recipe(name="ranges", description="of 24 images", calibration={"images": 24})
-    good = calibrate(model, recipe, lambda: iter(network_inputs(colours)[:, None].numpy()))
+    good = calibrate(small_model().eval(), recipe, lambda: iter(network_inputs(colours)[:, None].numpy()))
     return replace(good, ranges={place: (low / 4, high / 4) for place, (low, high) in good.ranges.items()})
 
 
