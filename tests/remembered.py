@@ -1,6 +1,7 @@
 """Exporters take most of a run's time, and the same network gives the same files (backends/test_contract.py): each is made once."""
 
 import hashlib
+import io
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -57,14 +58,9 @@ class FloatArtifacts:
 
 def digest(*objects: object) -> str:
     """Of all that they are: structure, attributes, the bits of tensors. Of what was put together otherwise it may differ nevertheless."""
-    sha256 = hashlib.sha256()
-    _Pickler(_Sink(sha256.update)).dump(objects)
-    return sha256.hexdigest()[:32]
-
-
-class _Sink:
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self.write = write
+    pickled = io.BytesIO()
+    _Pickler(pickled).dump(objects)
+    return hashlib.sha256(pickled.getbuffer()).hexdigest()[:32]
 
 
 class _Pickler(pickle.Pickler):

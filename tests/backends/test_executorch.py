@@ -49,6 +49,15 @@ def lowered_plainly(graph: torch.export.ExportedProgram) -> bytes:
     return edge.to_executorch().buffer
 
 
+@pytest.mark.slow
+def test_xnnpack_takes_the_float_deploy_form_of_xxt_as_one_delegate_call(tmp_path: Path) -> None:
+    model = create_model("gcvit_xxtiny")
+    with fast_export():
+        (file,) = backend.save(captured(model, None), tmp_path / "model.pte", describe_model(model))
+    _, calls = backend.profile(file, 1, np.zeros((1, 3, 224, 224), np.float32), 1)
+    assert calls == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     """A graph, and the file that the backend makes of it."""

@@ -75,7 +75,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch(tiny_model, form):
 
 
 class Recorded(TorchDispatchMode):
-    """Operators as the network runs, in a hundredth of the time of an export: (operator, inputs, output)."""
+    """Operators as the network runs, in a fraction of the time of an export: (operator, inputs, output)."""
 
     def __init__(self):
         super().__init__()
