@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import gcvit_edge.backends as _package
 from gcvit_edge.artifact import Precision
-from gcvit_edge.measurement.profile import Operator as TimedOperator
+from gcvit_edge.measurement.operators import TimedOperator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.recipe import X86, Operator

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.measurement.profile import Kind, Operator
+from gcvit_edge.measurement.operators import Kind, TimedOperator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
-from gcvit_edge.recipe import X86
-from gcvit_edge.recipe import Operator as RecipeOperator
+from gcvit_edge.recipe import X86, Operator
 
 if TYPE_CHECKING:
     from executorch.backends.xnnpack.partition.config.xnnpack_config import XNNPartitionerConfig
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
     from gcvit_edge.backends import Runner
     from gcvit_edge.model.info import ModelInfo
 
-INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
+INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8"})
 ARTIFACT = "model.{precision}.pte"
 PACKAGES = ("executorch", "torch", "torchao")
 
 
-def form(operators: frozenset[RecipeOperator]) -> Form:
+def form(operators: frozenset[Operator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; 1x1 convolutions where feature maps are."""
     gains = "all" if "attention" in operators else "mlp"  # where linears answer in integers: see `arithmetic`
     return Form(norm="products", attention="bmm", pointwise="conv", gains=gains)
 
 
-def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
+def arithmetic(operators: frozenset[Operator], x86: X86) -> Arithmetic:
     """Scales found when it runs, and float outputs, are as fast as static ones but in MLPs, where GELU becomes a table of integers: 4 %
     of the time, of which the last stage has a twentieth, and a fifth of the noise (benchmarks/NOTES.md)."""
     linear = "static" if "attention" in operators else "dynamic_row"  # products of attention want integers
@@ -128,7 +127,7 @@ def requirements(path: Path) -> dict[str, Any]:
     return {"runtime": "executorch", "minimum_version": f"{major}.{minor}.0", "delegates": ["XnnpackBackend"], "operators": []}
 
 
-def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[TimedOperator], int | None]:
     """From ETDump, in which XNNPACK times its own operators. Source: ExecuTorch documentation, "Profiling models"."""
     import torch
     from executorch.extension.pybindings import portable_lib
@@ -143,7 +142,7 @@ def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> 
         return read_etdump(dump)
 
 
-def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
+def read_etdump(path: Path) -> tuple[list[TimedOperator], int | None]:
     """The operators, and the number of delegate calls, of an ETDump file of any machine.
 
     Raises:
@@ -159,7 +158,7 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
         raise UserError(
             f"{path} is no ETDump, or not a whole one; expected a file that `gcvit-edge benchmark --etdump DIR` wrote"
         ) from error
-    operators: list[Operator] = []
+    operators: list[TimedOperator] = []
     whole, delegate_calls = 0.0, 0
     for block in blocks:
         for event in block.events:
@@ -173,22 +172,23 @@ def read_etdump(path: Path) -> tuple[list[Operator], int | None]:
             name = _NAMES.get(name, name)
             kind = _kind(name)
             integer = kind == "matrix" and any(part in name for part in ("QS8", "QU8", "QD8", "QDU8", "QC8)"))
-            operators.append(Operator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
+            operators.append(TimedOperator(event.name, name, kind, float(np.median(times)), integer, bool(event.is_delegated_op)))
     return [*_averages_apart(operators), *_unattributed(operators, whole)], delegate_calls
 
 
-def _unattributed(operators: list[Operator], whole: float) -> list[Operator]:
+def _unattributed(operators: list[TimedOperator], whole: float) -> list[TimedOperator]:
     """What an inference takes, in ms, beyond its operators: XNNPACK cuts their times off to whole microseconds, and what interrupts
     one now and then is in no median."""
     rest = whole - sum(each.ms for each in operators)
-    return [Operator("unattributed", "Unattributed", "other", rest, False, all(each.delegated for each in operators))] if rest > 0 else []
+    delegated = all(each.delegated for each in operators)
+    return [TimedOperator("unattributed", "Unattributed", "other", rest, delegated=delegated)] if rest > 0 else []
 
 
-def _averages_apart(operators: list[Operator]) -> list[Operator]:
+def _averages_apart(operators: list[TimedOperator]) -> list[TimedOperator]:
     """Averages over channels, of norms and centring, are products too, which only what they are for tells from linears: the operator
     after them is a root or a difference."""
 
-    def apart(each: Operator, following: Operator) -> Operator:
+    def apart(each: TimedOperator, following: TimedOperator) -> TimedOperator:
         is_average = each.operator.startswith("Fully Connected") and following.operator.startswith(("Reciprocal Square Root", "Subtract"))
         return replace(each, operator=f"{each.operator} of averages", kind="other") if is_average else each
 

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
-from gcvit_edge.measurement.profile import Kind, Operator
+from gcvit_edge.measurement.operators import Kind, TimedOperator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
-from gcvit_edge.recipe import X86
-from gcvit_edge.recipe import Operator as RecipeOperator
+from gcvit_edge.recipe import X86, Operator
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from gcvit_edge.backends import Runner
     from gcvit_edge.model.info import ModelInfo
 
-INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
+INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8", "int4", "fp16", "bf16"})
 ARTIFACT = "model.{precision}.onnx"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")
@@ -36,12 +35,12 @@ OPSET = 23  # the first with Attention and RMSNormalization
 _INPUT, _OUTPUT = "image", "logits"
 
 
-def form(operators: frozenset[RecipeOperator]) -> Form:
+def form(operators: frozenset[Operator]) -> Form:
     """ONNX Runtime has kernels for RMS norm and for whole attention; products in integers need attention written out."""
     return Form(norm="operator", attention="windows" if "attention" in operators else "operator", gains="none")
 
 
-def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
+def arithmetic(operators: frozenset[Operator], x86: X86) -> Arithmetic:
     """Scales found when it runs are fastest and most exact for linears; for convolutions, as the same products, as fast as QDQ and more
     exact (benchmarks/NOTES.md)."""
     return Arithmetic(activations="uint8", linear="dynamic", mlp="dynamic", conv="dynamic", grouped="dynamic_block")
@@ -138,7 +137,7 @@ _KINDS: dict[Kind, set[str]] = {
 }  # fmt: skip
 
 
-def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[TimedOperator], int | None]:
     """From ONNX Runtime's own profiler. Source: ONNX Runtime documentation, "Profiling tools"."""
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, threads, Path(folder) / "profile")
@@ -151,7 +150,7 @@ def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> 
             times[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"] / 1000)
     rounding = _rounding_products(path)
     return [
-        Operator(name, operator, _kind(operator), float(np.median(values)), operator in _INTEGER or name in rounding)
+        TimedOperator(name, operator, _kind(operator), float(np.median(values)), operator in _INTEGER or name in rounding)
         for (name, operator), values in times.items()
     ], None
 

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gcvit_edge.artifact import Precision
-from gcvit_edge.measurement.profile import Kind, Operator
+from gcvit_edge.measurement.operators import Kind, TimedOperator
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic
-from gcvit_edge.recipe import X86
-from gcvit_edge.recipe import Operator as RecipeOperator
+from gcvit_edge.recipe import X86, Operator
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Model, Output
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
     from gcvit_edge.backends import Runner
     from gcvit_edge.model.info import ModelInfo
 
-INTEGER_OPERATORS: frozenset[RecipeOperator] = frozenset({"linear", "conv", "attention", "residual"})
+INTEGER_OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
 PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16", "bf16"})
 ARTIFACT = "openvino/model.{precision}.xml"
 PACKAGES = ("openvino", "torch")
 
 
-def form(operators: frozenset[RecipeOperator]) -> Form:
+def form(operators: frozenset[Operator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
     return Form(norm="operator", attention="windows", gains="none")
 
 
-def arithmetic(operators: frozenset[RecipeOperator], x86: X86) -> Arithmetic:
+def arithmetic(operators: frozenset[Operator], x86: X86) -> Arithmetic:
     """Static scales alone; kernels answer in float, with rounding fused where integers follow. Late 1x1 convolutions in float take 1.4 %
     of the time (benchmarks/NOTES.md), and are a third to two thirds of the noise in integers. Without VNNI oneDNN has a general product
     for linears, slower than float's, and kernels of its own for convolutions."""
@@ -182,7 +181,7 @@ _KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
-def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[Operator], int | None]:
+def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> tuple[list[TimedOperator], int | None]:
     """From OpenVINO's performance counters; attention is a fused "Subgraph", one product, and in integers if
     its first product is. Source: OpenVINO documentation, "Performance counters"."""
     from openvino import ProfilingInfo
@@ -196,10 +195,10 @@ def profile(path: Path, threads: int, image: NDArray[np.float32], runs: int) -> 
                 continue
             times[node.node_name, node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1000)
 
-    def operator(name: str, node: str, execution: str, ms: float) -> Operator:
+    def operator(name: str, node: str, execution: str, ms: float) -> TimedOperator:
         kind = _kind(name, node)
         integer = kind == "matrix" and execution.lower().endswith(("_i8", "_u8"))
-        return Operator(name, _label(kind, node, execution), kind, ms, integer)
+        return TimedOperator(name, _label(kind, node, execution), kind, ms, integer)
 
     return [operator(*key, float(np.median(values))) for key, values in times.items()], None
 

@@ -30,7 +30,7 @@ from gcvit_edge.bundle.manifest import (
 from gcvit_edge.cpus import default_threads
 from gcvit_edge.data import read_image
 from gcvit_edge.errors import CheckFailed, UserError, WrongAnswer, unknown_name
-from gcvit_edge.measurement.parity import Parity
+from gcvit_edge.measurement.parity import Parity, check_parity
 from gcvit_edge.model.info import ModelInfo
 from gcvit_edge.paths import is_full
 from gcvit_edge.targets import Case
@@ -145,6 +145,19 @@ class Bundle:
                 return result.get("sqnr_db")
         return None
 
+    def parity(self, case: Case, logits: NDArray[np.float32]) -> Parity:
+        """Compares the logits (N, classes) that a case gives for the golden input with the golden ones.
+
+        Raises:
+            CheckFailed: they have another shape, or the golden ones are missing or damaged.
+        """
+        golden = case.golden or case.artifact
+        computed_in = case.arithmetic or case.artifact.precision
+        is_same = golden is case.artifact and computed_in == golden.precision  # else it has the noise of both
+        return check_parity(
+            logits, self.golden_logits(golden), golden.precision, None if is_same else computed_in, self.measured_db(golden)
+        )
+
     def _tensor(self, name: str) -> NDArray[np.float32]:
         with _reading(name), (self.root / name).open("rb") as file:
             return np.lib.format.read_array(file)
@@ -225,7 +238,7 @@ class Bundle:
 
     def _replay(self, artifact: Artifact) -> Parity:
         with Session(artifact, threads=default_threads()) as session:
-            return Case(artifact, "cpu").check(session.infer(self.golden_input(), lambda: None), self)
+            return self.parity(Case(artifact, "cpu"), session.infer(self.golden_input(), lambda: None))
 
 
 def wrong_answers(replays: dict[str, Parity]) -> WrongAnswer | None:

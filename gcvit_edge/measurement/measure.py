@@ -284,5 +284,5 @@ def _result(bundle: Bundle, site: _Site, case: Case, session: Session, threads: 
         load_ms=None if site.emulated else round(session.load_ms, 2),
         peak_rss_mb=None if site.emulated else round(session.peak_rss_mb(), 1),
         runtime_rss_mb=None if site.emulated else round(session.runtime_rss_mb, 1),
-        parity=case.check(golden, bundle),
+        parity=bundle.parity(case, golden),
     )

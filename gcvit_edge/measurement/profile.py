@@ -2,39 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from gcvit_edge.artifact import Precision
+from gcvit_edge.backends import load_backend
+from gcvit_edge.cpus import resolve_threads
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.machine import without_int8_products
+from gcvit_edge.measurement.operators import KINDS, TimedOperator
 
 if TYPE_CHECKING:
     from gcvit_edge.bundle import Bundle
     from gcvit_edge.progress import Steps
 
-Kind = Literal["matrix", "quantization", "layout", "other"]
-KINDS: dict[Kind, str] = {
-    "matrix": "linears, convolutions, attention",
-    "quantization": "rounding to integers and back",
-    "layout": "transposes, reorders, reshapes",
-    "other": "norms, softmax, GELU, additions and the like",
-}
 RUNS = 30
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator of a compiled artifact. operator: the runtime's name of its kind. ms: median over runs. integer: its products are
-    in INT8. delegated: inside a delegate, in a runtime that has them."""
-
-    name: str
-    operator: str
-    kind: Kind
-    ms: float
-    integer: bool = False
-    delegated: bool = True
 
 
 def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: Path | None, steps: "Steps") -> dict[str, Any]:
@@ -45,9 +27,6 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
         UserError: the bundle has no artifact of `backend`, or `etdump` is given for another backend than ExecuTorch or is no ETDump.
         CheckFailed: the golden input of the bundle, or an artifact, is missing or was changed.
     """
-    from gcvit_edge.backends import load_backend
-    from gcvit_edge.cpus import resolve_threads
-
     artifacts = {artifact.precision: artifact for artifact in bundle.artifacts if artifact.backend == backend}
     if not artifacts:
         have = ", ".join(sorted({artifact.backend for artifact in bundle.artifacts}))
@@ -83,11 +62,11 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
     }
 
 
-def summarize(operators: Sequence[Operator], delegate_calls: int | None) -> dict[str, Any]:
+def summarize(operators: Sequence[TimedOperator], delegate_calls: int | None) -> dict[str, Any]:
     """Totals of a profile: time and number by kind and by operator, and what is in integers. delegate_calls: None in a runtime without
     delegates, where there is no share of them either."""
     total = sum(each.ms for each in operators)
-    by_kind: dict[str, list[Operator]] = {kind: [each for each in operators if each.kind == kind] for kind in KINDS}
+    by_kind: dict[str, list[TimedOperator]] = {kind: [each for each in operators if each.kind == kind] for kind in KINDS}
     by_name: dict[tuple[str, str, bool], list[float]] = defaultdict(list)
     for each in operators:
         by_name[each.operator, each.kind, each.integer].append(each.ms)

@@ -6,7 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from gcvit_edge.measurement.profile import KINDS
+from gcvit_edge.measurement.operators import KINDS
 
 SHOWN = 16
 

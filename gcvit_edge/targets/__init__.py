@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gcvit_edge.artifact import Artifact
-    from gcvit_edge.bundle import Bundle
     from gcvit_edge.data import Pixels, Preprocessing
     from gcvit_edge.measurement.machine import Machine
-    from gcvit_edge.measurement.parity import Arithmetic, Parity
+    from gcvit_edge.measurement.parity import Arithmetic
 
 CHUNK_BYTES = 20_000_000  # of images, sent to the device at a time: 33 at 224 px; small boards have room for two
 
@@ -78,21 +77,6 @@ class Case:
     def name(self) -> str:
         """For messages: `onnx.int8 (cpu)`."""
         return f"{self.artifact.name} ({self.execution})"
-
-    def check(self, logits: "NDArray[np.float32]", bundle: "Bundle") -> "Parity":
-        """Compares its logits for the golden input (N, classes) with the golden ones.
-
-        Raises:
-            CheckFailed: they have another shape.
-        """
-        from gcvit_edge.measurement.parity import check_parity
-
-        golden = self.golden or self.artifact
-        computed_in = self.arithmetic or self.artifact.precision
-        is_same = golden is self.artifact and computed_in == golden.precision  # else it has the noise of both
-        return check_parity(
-            logits, bundle.golden_logits(golden), golden.precision, None if is_same else computed_in, bundle.measured_db(golden)
-        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from gcvit_edge.backends import backend_names, load_backend
 from gcvit_edge.bundle import Bundle, open_bundle
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.lower import lower_float, lower_quantized
-from gcvit_edge.measurement.profile import Operator, profile_bundle, summarize, verdict
+from gcvit_edge.measurement.operators import TimedOperator
+from gcvit_edge.measurement.profile import profile_bundle, summarize, verdict
 from gcvit_edge.model.create import create_model, describe_model
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import calibrate
@@ -103,8 +104,8 @@ def test_profile_of_another_device(pte_bundle: Bundle, tmp_path: Path) -> None:
 def summary(integer_ms: float, float_ms: float, rounding_ms: float, other_ms: float) -> dict:
     return summarize(
         [
-            Operator("a", "QGemm", "matrix", integer_ms, integer=True), Operator("b", "Gemm", "matrix", float_ms),
-            Operator("c", "DequantizeLinear", "quantization", rounding_ms), Operator("d", "Gelu", "other", other_ms),
+            TimedOperator("a", "QGemm", "matrix", integer_ms, integer=True), TimedOperator("b", "Gemm", "matrix", float_ms),
+            TimedOperator("c", "DequantizeLinear", "quantization", rounding_ms), TimedOperator("d", "Gelu", "other", other_ms),
         ],
         None,
     )  # fmt: skip
@@ -137,7 +138,7 @@ def test_verdict_between_no_faster_and_faster() -> None:
 
 
 def test_verdict_without_integers() -> None:
-    floats = summarize([Operator("b", "Gemm", "matrix", 6), Operator("d", "Gelu", "other", 5)], None)
+    floats = summarize([TimedOperator("b", "Gemm", "matrix", 6), TimedOperator("d", "Gelu", "other", 5)], None)
     for reference in (summary(0, 8, 0, 5), summary(0, 6, 0, 5)):
         text = " ".join(verdict("fp16", floats, reference))
         assert "None of 1 linears, convolutions and attention products is integer arithmetic: 6.0 ms." in text
@@ -154,7 +155,8 @@ def test_verdict_of_one_profile_alone() -> None:
 
 
 def test_summary_of_delegates() -> None:
-    inside, outside = Operator("a", "Fully Connected", "matrix", 3), Operator("b", "native_layer_norm", "other", 1, delegated=False)
+    inside = TimedOperator("a", "Fully Connected", "matrix", 3)
+    outside = TimedOperator("b", "native_layer_norm", "other", 1, delegated=False)
     assert summarize([inside, outside], 2)["delegated_share"] == 0.75
     assert "2 delegate calls, 75% of the time inside." in verdict("int8", summarize([inside, outside], 2), None)
 

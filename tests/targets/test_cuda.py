@@ -75,9 +75,9 @@ def test_ways_of_pytorch(bundle: Bundle, weights: Path) -> None:
         "pytorch.int8 (torchao, compiled, CUDA graphs, bfloat16)",
     ]
     assert {case.golden for case in found} == {bundle.artifact("onnx")}
-    assert cases(bundle, weights, "float32")[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 80
-    assert found[0].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 25
-    assert found[-1].check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 20
+    assert bundle.parity(cases(bundle, weights, "float32")[0], bundle.golden_logits(bundle.artifact())).minimum_db == 80
+    assert bundle.parity(found[0], bundle.golden_logits(bundle.artifact())).minimum_db == 25
+    assert bundle.parity(found[-1], bundle.golden_logits(bundle.artifact())).minimum_db == 20
 
 
 def test_torchao_is_a_way_where_it_is_installed(bundle: Bundle, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_fp8_is_a_way_where_the_gpu_has_it(bundle: Bundle, weights: Path, monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(8, 6), (8, 9)].__getitem__)
     case = cases(bundle, weights, "bfloat16")[-1]
     assert case.name == "pytorch.fp8 (FP8, compiled, CUDA graphs, bfloat16)"
-    assert case.check(bundle.golden_logits(bundle.artifact()), bundle).minimum_db == 20
+    assert bundle.parity(case, bundle.golden_logits(bundle.artifact())).minimum_db == 20
     monkeypatch.setattr(torch.cuda, "get_device_capability", [(8, 6), (8, 0)].__getitem__)
     assert "FP8" not in cases(bundle, weights, "bfloat16")[-1].name
     with pytest.raises(UserError, match=r"way fp8 needs a GPU of compute capability 8\.9 or later \(Ada, Hopper\); .* leave fp8 out"):
@@ -154,10 +154,10 @@ def test_an_int8_golden_lowers_the_floor(bundle: Bundle, weights: Path, tmp_path
     cases = cuda._pytorch_cases([artifact], cuda.Options(weights))
     assert {case.golden for case in cases} == {artifact}
     # INT8 is as far from float as it was measured to be; torchao's is another one than the artifact's: it has the noise of both
-    floors = {case.execution: case.check(logits, measured).minimum_db for case in cases}
+    floors = {case.execution: measured.parity(case, logits).minimum_db for case in cases}
     assert floors.pop("torchao, compiled, CUDA graphs, float32") == 20
     assert set(floors.values()) == {30}
-    assert Case(artifact, "cpu").check(logits, measured).minimum_db == 36
+    assert measured.parity(Case(artifact, "cpu"), logits).minimum_db == 36
 
 
 class StubbedGraph:
@@ -225,7 +225,7 @@ def test_pytorch_reproduces_the_golden_logits(arithmetic: str, bundle: Bundle, w
     case = cases(bundle, weights, arithmetic)[0]
     with cuda.Gpu("cpu").open(case, 1, pinned=True) as session:
         assert (session.runtime, session.runtime_version) == ("torch", torch.__version__.partition("+")[0])
-        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+        parity = bundle.parity(case, session.infer(bundle.golden_input(), lambda: None))
         assert parity.passed, parity
         (timing,) = time_sessions([session], bundle.golden_input()[:1], 1, BRIEF, lambda: None)
         assert len(timing.samples) == 6
@@ -234,7 +234,7 @@ def test_pytorch_reproduces_the_golden_logits(arithmetic: str, bundle: Bundle, w
 def test_torchao(bundle: Bundle, weights: Path) -> None:
     case = replace(cases(bundle, weights, "float32")[-1], execution="torchao, eager")
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
-        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+        parity = bundle.parity(case, session.infer(bundle.golden_input(), lambda: None))
     assert parity.passed
     assert parity.sqnr_db < 80  # it is in INT8: float would be equal to far more
 
@@ -254,7 +254,7 @@ def test_linears_that_cublas_cannot_run_stay_in_float(weights: Path) -> None:
 def test_fp8(bundle: Bundle, weights: Path) -> None:
     case = replace(cases(bundle, weights, "bfloat16")[0], execution="FP8, eager, bfloat16", arithmetic="fp8")
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
-        parity = case.check(session.infer(bundle.golden_input(), lambda: None), bundle)
+        parity = bundle.parity(case, session.infer(bundle.golden_input(), lambda: None))
     assert parity.passed
     assert parity.sqnr_db < 40  # three bits of mantissa
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_compiled_is_not_loaded(bundle: Bundle, weights: Path, tm
 def test_compiled(bundle: Bundle, weights: Path) -> None:
     case = cases(bundle, weights, "float32")[1]
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
-        assert case.check(session.infer(bundle.golden_input(), lambda: None), bundle).passed
+        assert bundle.parity(case, session.infer(bundle.golden_input(), lambda: None)).passed
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -309,7 +309,7 @@ def test_artifacts(backend: str, two_backends: Bundle) -> None:
     case = Case(two_backends.artifact(backend), "on the device")
     with cuda.Gpu("cpu").open(case, 1, pinned=False) as session:
         assert session.runtime == {"onnx": "onnxruntime"}.get(backend, backend)
-        assert case.check(session.infer(two_backends.golden_input(), lambda: None), two_backends).passed
+        assert two_backends.parity(case, session.infer(two_backends.golden_input(), lambda: None)).passed
 
 
 def test_cuda_of_pip_is_loaded_before_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
