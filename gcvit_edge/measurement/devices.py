@@ -58,7 +58,7 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
     """Reads a devices.yaml: by device name, the `target`, and optionally `threads` and options of that target.
 
     Raises:
-        UserError: not readable, not of that form, or a device has the name of a target.
+        UserError: not readable, not of that form, or a device has the name of a target or one that no folder can have.
     """
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -68,6 +68,8 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{file} is no devices file; write `NAME: {{target: ssh:pi@board, threads: 4}}`, one line a device")
     for name in filter(names_target, map(str, entries)):
         raise UserError(f"{file} gives the name {name!r} to a device, but that is a target; give the device another name")
+    for name in {".", "..", ""}.intersection(map(str, entries)):  # folders of devices have their names
+        raise UserError(f"{file} gives the name {name!r} to a device, which no folder can have; give the device another name")
     return {str(name): entry for name, entry in entries.items()}
 
 

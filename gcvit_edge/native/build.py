@@ -73,7 +73,13 @@ def missing_tools(architecture: str) -> str | None:
         UserError: unknown architecture.
     """
     toolchain = _toolchain(architecture)
-    return missing_programs({"cmake": "cmake", "make": "make", _compiler(toolchain)[0]: toolchain.packages})
+    try:
+        compiler = _compiler(toolchain)[0]
+    except UserError as error:
+        return str(error)
+    if compiler != toolchain.compiler and shutil.which(compiler) is None:
+        return f"building the runner needs a C++ compiler, but CXX names {compiler}, which is not there; install it, or unset CXX"
+    return missing_programs({"cmake": "cmake", "make": "make", compiler: toolchain.packages})
 
 
 def missing_programs(packages: dict[str, str]) -> str | None:
@@ -160,8 +166,16 @@ def _toolchain(architecture: str) -> Toolchain:
 
 
 def _compiler(toolchain: Toolchain) -> list[str]:
-    """The command that CMake compiles with: of this machine's programs the one that CXX names, arguments included, if it is set."""
-    return (shlex.split(os.environ.get("CXX", "")) if toolchain is _NATIVE else []) or [toolchain.compiler]
+    """The command that CMake compiles with: of this machine's programs the one that CXX names, arguments included, if it is set.
+
+    Raises:
+        UserError: CXX is no command.
+    """
+    named = os.environ.get("CXX", "") if toolchain is _NATIVE else ""
+    try:
+        return shlex.split(named) or [toolchain.compiler]
+    except ValueError as error:
+        raise UserError(f"CXX is {named!r}, which is no command ({error}); set it to a C++ compiler, or unset it") from error
 
 
 def executorch_package(architecture: str) -> Path:
@@ -222,13 +236,19 @@ def _texts(names: Sequence[str]) -> list[str]:
 
 def _identity(compiler: Sequence[str]) -> str:
     """The compiler's own first line about itself."""
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    return _run([*compiler, "--version"], f"ask the compiler {compiler[0]} for its version").partition("\n")[0]
 
 
-def _run(command: Sequence[str], purpose: str) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+def _run(command: Sequence[str], purpose: str) -> str:
+    """Runs it; returns what it prints."""
+    # LC_ALL: it is read. DESTDIR: of another project's installation, below which CMake would install
+    environment = {name: value for name, value in os.environ.items() if name != "DESTDIR"} | {"LC_ALL": "C"}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, check=False
+    )
     if done.returncode != 0:
         tail = "\n".join(done.stdout.splitlines()[-20:])
         if os.strerror(errno.ENOSPC) in done.stdout:
             raise CheckFailed(f"cannot {purpose}: {os.strerror(errno.ENOSPC)}; make room:\n{tail}")
         raise UserError(f"cannot {purpose}: {command[0]} ended with {done.returncode}:\n{tail}")
+    return done.stdout

@@ -5,6 +5,7 @@ The native runner has its own, and those of phones and boards: native/energy.h.
 Source: Linux kernel documentation, Documentation/power/powercap/powercap.rst.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
@@ -32,10 +33,14 @@ class Rapl:
             self._counters[name], self._range_uj[name] = folder / "energy_uj", range_uj
 
     def read(self) -> dict[str, int]:
-        """Microjoules that each domain has counted so far; they wrap around."""
-        return {name: int(path.read_text()) for name, path in self._counters.items()}
+        """Microjoules that each domain has counted so far, without those that cannot be read now; they wrap around."""
+        counts = {}
+        for name, path in self._counters.items():
+            with suppress(OSError, ValueError):  # the CPUs of a package may be switched off, or the right to read it taken away
+                counts[name] = int(path.read_text())
+        return counts
 
     def since(self, before: dict[str, int]) -> dict[str, float]:
-        """Joules that each domain used since `read` gave `before`, one wrap allowed for."""
+        """Joules that each domain used since `read` gave `before`, one wrap allowed for; without those that cannot be told."""
         now = self.read()
-        return {name: ((now[name] - start) % (self._range_uj[name] + 1)) / 1e6 for name, start in before.items()}
+        return {name: ((now[name] - start) % (self._range_uj[name] + 1)) / 1e6 for name, start in before.items() if name in now}

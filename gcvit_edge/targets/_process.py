@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -147,7 +148,10 @@ class ProcessSession(Session):
             self._read("done")
             advance()
         self._read("finished")
-        return np.frombuffer(self._folder.get(_OUTPUT), "<f4").reshape(len(images), -1).astype(np.float32)
+        logits = self._folder.get(_OUTPUT)
+        if not logits or len(logits) % (4 * len(images)):
+            self._fail(f"got {len(logits)} bytes of logits of {len(images)} images, expected as many float32 values of each")
+        return np.frombuffer(logits, "<f4").reshape(len(images), -1).astype(np.float32)
 
     def time(self, image: "NDArray[np.float32]", runs: int, untimed: int = 0) -> Timed:
         self._command("time", self._put(image), untimed, runs, *image.shape[1:])
@@ -192,8 +196,10 @@ class ProcessSession(Session):
 
     def _line(self, seconds: float | None) -> bytes:
         assert self._process.stdout is not None
+        deadline = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._received:
-            if not readable(self._process.stdout, seconds):
+            left = None if deadline is None else max(0, deadline - time.monotonic())
+            if left == 0 or not readable(self._process.stdout, left):
                 self._fail(f"no answer within {seconds:.0f} s; give it longer with --timeout")
             part = os.read(self._process.stdout.fileno(), 65536)
             if not part:

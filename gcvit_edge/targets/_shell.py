@@ -26,14 +26,18 @@ _GREETING = "gcvit-edge works in "
 _END = "gcvit-edge ended with "
 _START_SECONDS = 60  # for the first answer, names looked up and keys exchanged
 _CALL_SECONDS = 60  # for a short script, and for a file besides
+_LONGEST_GREETING = 10_000  # bytes, a path in it; a device that says more without an end of line is none
 _BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
 
 BEAT_SECONDS = 5  # a line to the keeper
 SILENT_BEATS = 12  # a minute without one, and the connection is lost, to either side: longer than a Wi-Fi's change of cells takes
 
+ENGLISH = "export LC_ALL=C\n"  # begins every script: what programs there print is read, and they would print it in the user's language
+
 # HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file.
-# made: folders on the way that are not there yet. The beats: only who reads can tell that there are some, and only who does not wait
-# for them that there are none, so these are two processes
+# made: folders on the way that are not there yet. start: again, as another keeper, when it ends, removes the folder of all of them as long
+# as nothing is in it; what it printed is of the last time. The beats: only who reads can tell that there are some, and only who does not
+# wait for them that there are none, so these are two processes
 _KEEPER = r"""
 trap '' HUP PIPE
 umask 077
@@ -44,17 +48,22 @@ while [ ! -d "$above" ] && [ "$above" != / ] && [ "$above" != . ]; do
     above=$(dirname "$above")
 done
 above=$(cd "$above" && pwd)
-mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || exit 1
 host=$(uname -n)
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
 run="run-$$-$boot@$host"
-for old in run-*"@$host"; do
-    pid=${{old#run-}}
-    pid=${{pid%%-*}}
-    [ "$old" != "$run" ] && [ "$old" = "run-$pid-$boot@$host" ] && kill -0 "$pid" 2>/dev/null || rm -rf "$old"
-done
-mkdir "$run" && cd "$run" || exit 1
-folder=$(pwd)
+home=$(pwd)
+folder=
+start() {{
+    cd "$home" && mkdir -p {parent}/gcvit-edge && cd {parent}/gcvit-edge || return
+    for old in run-*"@$host"; do
+        pid=${{old#run-}}
+        pid=${{pid%%-*}}
+        [ "$old" != "$run" ] && [ "$old" = "run-$pid-$boot@$host" ] && kill -0 "$pid" 2>/dev/null || rm -rf "$old"
+    done
+    mkdir "$run" && cd "$run" && folder=$(pwd)
+}}
+for again in 1 2 3 4 5 6 7 8 9; do start 2> /dev/null && break; done
+[ "$folder" ] || start || exit 1
 clean() {{
     cd "$folder" || return
     kill -9 $(cat */pid 2>/dev/null) 2>/dev/null
@@ -109,7 +118,7 @@ class Shell(ABC):
             CheckFailed: it, or the connection, failed.
         """
         # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
-        done = self.call(self.command(f"({script}\n)\necho '{_END}'$? >&2"), content, size)
+        done = self.call(self.command(f"{ENGLISH}({script}\n)\necho '{_END}'$? >&2"), content, size)
         printed = done.stderr.decode(errors="replace")
         end = re.search(f"{_END}(\\d+)\n", printed)  # what started the shell there may have a last word
         if not end:
@@ -164,11 +173,16 @@ class Keeper:
             CheckFailed: its disk is full.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        script = _KEEPER.format(parent=parent, greeting=_GREETING, beat=BEAT_SECONDS, beats=SILENT_BEATS)
+        script = ENGLISH + _KEEPER.format(parent=parent, greeting=_GREETING, beat=BEAT_SECONDS, beats=SILENT_BEATS)
         command = shell.first_command(script)
         self._ended = threading.Event()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
-        answered, line = self._first_line()
+        try:
+            answered, line = self._first_line()
+        except BaseException:
+            self._process.kill()
+            self.close()
+            raise
         if answered and line.startswith(_GREETING):
             self.folder = line.removeprefix(_GREETING)
             threading.Thread(target=self._beat, daemon=True).start()
@@ -180,7 +194,7 @@ class Keeper:
             raise UserError(f"{shell.name} did not answer within {_START_SECONDS} s; is it switched on, and its network up?")
         if line:
             raise UserError(
-                f"{shell.name} says {line!r} before any command; its login shell must print nothing when it is not interactive "
+                f"{shell.name} says {line[:200]!r} before any command; its login shell must print nothing when it is not interactive "
                 "(look into ~/.bashrc there)"
             )
         if advice := _advice(self.printed):
@@ -193,7 +207,8 @@ class Keeper:
         line = b""
         deadline = time.monotonic() + _START_SECONDS
         while not line.endswith(b"\n"):
-            if not readable(self._process.stdout, max(0, deadline - time.monotonic())):
+            seconds = deadline - time.monotonic()
+            if seconds <= 0 or len(line) > _LONGEST_GREETING or not readable(self._process.stdout, seconds):
                 return False, line.decode(errors="replace")
             if not (part := os.read(self._process.stdout.fileno(), 1)):  # no more than the line
                 break

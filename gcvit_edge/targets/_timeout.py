@@ -11,6 +11,9 @@ TIMEOUT = {
 }
 
 
+_MOST_MILLISECONDS = 2**31 - 1  # that poll() takes: 24 days
+
+
 def readable(pipe: IO[bytes], seconds: float | None) -> bool:
     """Whether a program says something, or ends, within so many seconds; None waits for ever.
 
@@ -19,7 +22,7 @@ def readable(pipe: IO[bytes], seconds: float | None) -> bool:
     """
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+    return bool(poll.poll(None if seconds is None else min(1000 * seconds, _MOST_MILLISECONDS)))
 
 
 def check_timeout(seconds: int) -> None:

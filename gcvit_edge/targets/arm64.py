@@ -3,6 +3,7 @@
 The runner is built for ARM and run by QEMU's user mode emulation, whose time says nothing of a device.
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -46,8 +47,15 @@ class _Cpu:
 _CPUS = {
     "cortex-a53": _Cpu("cortex-a53", ("asimd",)),
     "cortex-a76": _Cpu("cortex-a76", ("asimd", "asimddp")),
-    "max": _Cpu("max,sme=off", ("asimd", "asimddp", "i8mm")),  # with SME, QEMU 7.2 computes INT8 wrongly and says nothing
+    "max": _Cpu("max", ("asimd", "asimddp", "i8mm")),
 }
+_SME = (7, 1)  # QEMU that brought it, and the property that switches it off
+
+
+def qemu_cpu(cpu: str, version: str) -> str:
+    """A key of `_CPUS` as the option -cpu of this version of QEMU has it: with SME, QEMU 7.2 computes INT8 wrongly and says nothing."""
+    has_sme = tuple(map(int, re.findall(r"\d+", version)[:2])) >= _SME
+    return f"{_CPUS[cpu].qemu},sme=off" if cpu == "max" and has_sme else _CPUS[cpu].qemu
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Emulation(Connection):
         return host.model_copy(update=changes)
 
     def open(self, case: Case, threads: int, *, pinned: bool) -> ProcessSession:
-        emulator = [_QEMU, "-L", str(_SYSROOT), "-cpu", _CPUS[self._cpu].qemu]
+        emulator = [_QEMU, "-L", str(_SYSROOT), "-cpu", qemu_cpu(self._cpu, self._version)]
         program = [str(self._files.executable), str(case.artifact.path.resolve())]
         if self._counter is None:
             return ProcessSession(case.artifact, [*emulator, *program, str(threads)], LocalFolder())
@@ -124,7 +132,8 @@ class CountingSession(ProcessSession):
 
     def _count(self, image: "NDArray[np.float32]", runs: int) -> dict[str, float]:
         """Instructions of a whole process that makes `runs` inferences."""
-        plugin = ["-plugin", f"{self._counter},out={self._counted.path('counts')}"]
+        counter, out = (str(path).replace(",", ",,") for path in (self._counter, self._counted.path("counts")))
+        plugin = ["-plugin", f"{counter},out={out}"]
         time = "\t".join(map(str, ("time", self._put(image), 0, runs, *image.shape[1:])))
         command = [*self._emulator, *plugin, *self._program, "1"]
         done = subprocess.run(command, input=f"{time}\n", capture_output=True, text=True, errors="replace", check=False)

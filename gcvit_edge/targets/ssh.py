@@ -25,6 +25,7 @@ _PLAIN = frozenset(string.ascii_letters + string.digits + " -./_")
 # what ssh, or the first script there, prints, and what helps
 _REFUSALS = {
     "mkdir: ": "choose a folder that you may write to with --remote-dir",
+    "cd: ": "choose a folder that you may write to with --remote-dir",  # it is there already, as another user's
     "Permission denied (": "a key must let you in without a password: ssh-copy-id {host}",
     "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than last time; if you know why, ssh-keygen -R and connect by hand once",
     "Host key verification failed": "its key is not known; connect once by hand, ssh {host}, and compare the fingerprint",
@@ -74,9 +75,9 @@ class Ssh(Shell):
 
     def __init__(self, host: str, config: Path | None, socket: Path) -> None:
         self.name = host
-        self._ssh = ["ssh", "-T", *(["-F", str(config)] if config else []), "-S", str(socket)]
-        for option in (
-            "BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", f"ServerAliveInterval={_shell.BEAT_SECONDS}",
+        self._ssh = ["ssh", "-T", *(["-F", str(config)] if config else []), "-S", str(socket).replace("%", "%%")]
+        for option in (  # PermitLocalCommand: what the user's LocalCommand prints would be taken for the board's
+            "BatchMode=yes", "PermitLocalCommand=no", f"ConnectTimeout={CONNECT_SECONDS}", f"ServerAliveInterval={_shell.BEAT_SECONDS}",
             f"ServerAliveCountMax={_shell.SILENT_BEATS}", "ControlPersist=no", "ClearAllForwardings=yes", "RemoteCommand=none",
             "LogLevel=ERROR",
         ):  # fmt: skip

@@ -101,6 +101,7 @@ def test_requests_that_are_refused(names: list[str], options: dict[str, str], me
         ("desk: {target: 'bord:a'}", "unknown target 'bord'; did you mean 'board'?"),
         ("desk: {target: local}\nlocal: {target: 'board:a'}", "gives the name 'local' to a device, but that is a target; give the device"),
         ("desk: {target: local}\n'board:pi': {target: local}", "gives the name 'board:pi' to a device"),
+        ("desk: {target: local}\n..: {target: local}", "gives the name '..' to a device, which no folder can have"),
         ("desk: ssh", "is no devices file"),
         ("- desk", "is no devices file"),
         ("a: {b", "cannot read devices file"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.native import build
 from gcvit_edge.native.android import build_android_runner
 from gcvit_edge.targets import arm64, runner
@@ -113,8 +113,30 @@ def test_another_compiler_makes_another_build(tmp_path: Path, monkeypatch: pytes
         compiler.chmod(0o755)
         build.build_runner()
     assert [key for key in keys[0] if key not in keys[1]] == ["one -O1 --version"]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.missing_tools(build.host()) == "building the runner needs: apt install g++"
+
+
+@needs(build.missing_tools(build.host()))
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("no-such-compiler -O1", "needs a C.. compiler, but CXX names no-such-compiler, which is not there; install it, or unset CXX"),
+        ("c++ 'x", 'CXX is "c.. \'x", which is no command .No closing quotation.; set it to a C.. compiler, or unset it'),
+        ("false", "cannot ask the compiler false for its version: false ended with 1"),
+    ],
+)
+def test_a_compiler_that_is_none(command: str, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(UserError, match=message):
+        build.build_runner()
+
+
+def test_programs_are_asked_in_english_and_where_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("DESTDIR", "/somewhere")
+    said = "[ $LC_ALL = C ] && echo No space left on device || echo Kein Speicherplatz; exit 1"
+    with pytest.raises(CheckFailed, match=r"cannot fill the disk: No space left on device; make room"):
+        build._run(["sh", "-c", said], "fill the disk")
+    assert build._run(["sh", "-c", "echo ${DESTDIR-none}"], "print it") == "none\n"
 
 
 @needs(build.missing_tools(build.host()))

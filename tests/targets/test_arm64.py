@@ -19,7 +19,7 @@ from gcvit_edge.measurement.parity import MIN_SQNR_DB
 from gcvit_edge.progress import Steps
 from gcvit_edge.report.devices import count_lines
 from gcvit_edge.targets import Case, local
-from gcvit_edge.targets.arm64 import Options, cases, connect, missing
+from gcvit_edge.targets.arm64 import Options, cases, connect, missing, qemu_cpu
 
 pytestmark = pytest.mark.skipif(missing("") is not None and os.environ.get("CI") != "true", reason=missing("") or "")
 
@@ -90,6 +90,23 @@ def test_nothing_is_left_behind(int8: Artifact, tmp_path: Path, monkeypatch: pyt
     with connect("", Options(count=True)) as arm, arm.open(Case(int8, "cpu"), 1, pinned=False):
         assert list(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comma_in_the_folder_for_temporary_files(pte_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To QEMU it is the end of an argument."""
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a,b"))
+    options = Options(count=True)
+    with connect("", options) as arm, arm.open(cases(pte_bundle.artifacts, options)[0], 1, pinned=False) as session:
+        assert session.counts(pte_bundle.golden_input()[:1])["instructions"] > 0
+
+
+@pytest.mark.parametrize(
+    ("version", "option"), [("6.2.0", "max"), ("7.0.0", "max"), ("7.1.0", "max,sme=off"), ("10.0.0-rc1", "max,sme=off")]
+)
+def test_what_is_switched_off_in_qemu(version: str, option: str) -> None:
+    assert qemu_cpu("max", version) == option
+    assert qemu_cpu("cortex-a76", version) == "cortex-a76"
 
 
 def test_unknown_cpu() -> None:

@@ -39,3 +39,12 @@ def test_what_cannot_be_read_is_absent(tmp_path: Path) -> None:
     assert set(Rapl(tmp_path).read()) == {"package-1"}
     assert Rapl(tmp_path / "none").read() == {}
     assert Rapl(tmp_path / "none").since({}) == {}
+
+
+def test_a_counter_that_goes_meanwhile(tmp_path: Path) -> None:
+    goes, stays = domain(tmp_path, "intel-rapl:0", "package-0", 1), domain(tmp_path, "intel-rapl:1", "package-1", 1)
+    meter = Rapl(tmp_path)
+    before = meter.read()
+    goes.unlink()
+    stays.write_text("500001\n")
+    assert meter.since(before) == {"package-1": 0.5}

@@ -47,6 +47,15 @@ def test_no_answer_in_time() -> None:
     assert "(no answer within 1 s; give it longer with --timeout)" in failure("sleep 20", 0.5)
 
 
+def test_an_answer_without_an_end() -> None:
+    assert "(no answer within 1 s; give it longer with --timeout)" in failure("while :; do printf x; sleep 0.1; done", 0.5)
+
+
+def test_a_timeout_that_is_as_good_as_none() -> None:
+    with ProcessSession(ARTIFACT, shell(f"echo '{READY}'; cat"), LocalFolder(), 10**9) as session:
+        assert session.load_ms == 1
+
+
 def test_many_inferences_are_not_waited_for_as_long_as_each_alone() -> None:
     script = f"""echo '{READY}'; read line; echo '{{"ms": [20, 10], "joules": {{}}}}'; sleep 20"""
     with ProcessSession(ARTIFACT, shell(script), LocalFolder(), 20) as session:
@@ -90,6 +99,17 @@ def test_several_answers_at_once_and_one_in_parts(tmp_path: Path) -> None:
         assert logits.shape == (2, 2)
         assert len(seen) == 2
         assert session.peak_rss_mb() == 3.5
+
+
+def test_logits_that_are_cut_off() -> None:
+    script = f"""
+        echo '{READY}'; read -r line; set -- $line
+        head -c 30 /dev/zero > "$3"
+        printf '{{"done": 1}}\n{{"done": 1}}\n{{"finished": true}}\n'
+    """
+    said = pytest.raises(CheckFailed, match="got 30 bytes of logits of 2 images")
+    with ProcessSession(ARTIFACT, shell(script), LocalFolder(), 20) as session, said:
+        session.infer(np.zeros((2, 3, 2, 2), np.float32), lambda: None)
 
 
 def test_an_interruption_is_not_hidden_by_what_fails_at_the_end() -> None:

@@ -77,6 +77,45 @@ def test_a_leftover_with_the_number_of_the_new_keeper(shell: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_another_keeper_removes_the_empty_folder_meanwhile(shell: str, tmp_path: Path) -> None:
+    """As each does at its end: between two steps of the new one, and so twice."""
+    folder, seen = tmp_path / "gcvit-edge", tmp_path / "seen"
+    removed = f"[ $(wc -l < {seen}) -gt 1 ] || {{ rmdir {folder}; echo >> {seen}; }}"
+    first = f': > {seen}; mkdir() {{ case "$1" in run-*) {removed};; esac; command mkdir "$@"; }}'
+    keeper = Keeper(Here(shell, first), str(tmp_path))
+    assert Path(keeper.folder).is_dir()
+    keeper.close()
+    assert seen.read_text() == "\n\n"
+    assert list(tmp_path.iterdir()) == [seen]
+
+
+def test_what_programs_say_in_the_language_of_the_user(tmp_path: Path) -> None:
+    """They are asked for English, by which it is known what they say."""
+    said = 'echo "mkdir: $([ "$LC_ALL" = C ] && echo No space left on device || echo Kein Speicherplatz)" >&2'
+    with pytest.raises(CheckFailed, match=r"No space left on device; make room there"):
+        Keeper(Here("sh", f"LC_ALL=de_DE.UTF-8; export LC_ALL; mkdir() {{ {said}; return 1; }}"), str(tmp_path))
+    assert Here("sh", "LC_ALL=de_DE.UTF-8; export LC_ALL").run("env | grep ^LC_ALL=") == b"LC_ALL=C\n"
+
+
+@pytest.mark.parametrize("script", ["exec cat /dev/zero", "while :; do printf x; sleep 0.1; done"])
+def test_a_device_that_does_not_stop_talking(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shell, "_START_SECONDS", 1)
+    with pytest.raises(UserError, match=r"here says '.{1,1000}' before any command"):
+        Keeper(Here("sh", script), str(tmp_path))
+
+
+def test_an_interruption_before_the_first_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> bool:
+        wait_for(lambda: (tmp_path / "pid").exists(), "the shell runs")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_shell, "readable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Keeper(Here("sh", f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 60"), str(tmp_path))
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
 def test_a_prompt_instead_of_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no end of line to wait for."""
     monkeypatch.setattr(_shell, "_START_SECONDS", 1)

@@ -164,6 +164,20 @@ def test_not_let_in(change: dict[str, str], message: str, board: Board, options:
         pass
 
 
+def test_a_command_of_the_users_own_after_connecting(board: Board, options: Options) -> None:
+    """What it prints is not said by the board."""
+    config = board.configure(PermitLocalCommand="yes", LocalCommand="echo connected")
+    with connect("board", replace(options, ssh_config=config)) as device:
+        assert device.machine().cpus >= 1
+
+
+def test_a_folder_for_temporary_files_with_a_percent_sign(options: Options, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temporary / "5%x").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary / "5%x"))
+    with connect("board", options) as device:
+        assert device.machine().cpus >= 1
+
+
 def test_an_option_is_no_address(options: Options) -> None:
     with pytest.raises(UserError, match="not an option of ssh"), connect("-oProxyCommand=true", options):
         pass
@@ -211,6 +225,11 @@ def test_the_home_folder(folder: str, board: Board, options: Options) -> None:
     assert not (board.folder / "gcvit-edge").exists()
 
 
+def test_a_folder_that_cannot_be_told(options: Options) -> None:
+    with pytest.raises(UserError, match=r"remote_dir: got 'a\\tb', but a tab"), connect("board", replace(options, remote_dir="a\tb")):
+        pass
+
+
 def test_the_home_folder_of_another_user(options: Options) -> None:
     message = "remote_dir: got ~pi/bench, but ~ is only the home folder of the user who logs in; give the whole path"
     with pytest.raises(UserError, match=message), connect("board", replace(options, remote_dir="~pi/bench")):
@@ -228,6 +247,8 @@ def test_what_helps() -> None:
     shell = ssh.Ssh("pi@board", None, Path("socket"))
     refused = "mkdir: cannot create directory '/opt/gcvit-edge': Permission denied"
     assert shell.refusal(refused) == "choose a folder that you may write to with --remote-dir"
+    others = "sh: 12: cd: can't cd to /tmp/gcvit-edge"  # made there by another user
+    assert shell.refusal(others) == "choose a folder that you may write to with --remote-dir"
     assert "ssh-copy-id pi@board" in shell.refusal("pi@board: Permission denied (publickey,password).")
 
 
@@ -317,6 +338,17 @@ def test_a_runner_of_another_architecture(pte_bundle: Bundle, options: Options, 
     message = r"runner .*/runner is built for riscv64, but board is \w+"
     with pytest.raises(UserError, match=message), loaded(pte_bundle, options, runner=runner):
         pass
+    assert left(options) == []
+
+
+def test_a_runner_that_is_a_script(pte_bundle: Bundle, options: Options, tmp_path: Path) -> None:
+    """What it has started, and waits for, ends too."""
+    runner = tmp_path / "runner"
+    runner.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/started\nwait\n")
+    with pytest.raises(CheckFailed, match="no answer within 2 s"), loaded(pte_bundle, options, runner=runner, timeout=2):
+        pass
+    started = (tmp_path / "started").read_text().strip()
+    wait_for(lambda: not Path("/proc", started).exists(), "what the script started has ended")
     assert left(options) == []
 
 
