@@ -41,8 +41,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 def scales(magnitude: Tensor, opposed: Tensor, strength: float) -> Tensor:
-    """(C,): magnitude ** strength / opposed ** (1 - strength), 1 on average in logarithms; 1 for channels that are always 0, and for all
-    with strength 0, which is off."""
+    """(C,): magnitude ** strength / opposed ** (1 - strength), 1 on average in logarithms; 1 for channels that are always 0 or that nothing
+    reads, and for all with strength 0, which is off."""
     logarithm = strength * magnitude.log() - (1 - strength) * opposed.log() if strength else torch.zeros_like(magnitude)
     live = (magnitude > 1e-6) & (opposed > 1e-12)
     if not live.any():

@@ -15,6 +15,7 @@ from gcvit_edge.model.deploy import Constant, Point, Residual, rewrite
 from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.arithmetic import Arithmetic, Scales
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.keep import layer_names
 from gcvit_edge.quantization.layers import (
     DynamicConv,
     DynamicConv2d,
@@ -163,12 +164,13 @@ def places_with_ranges(deployed: nn.Module, runtimes: Sequence[Rounding], precis
 
 
 def roundable_layers(deployed: nn.Module, operators: Collection[Operator], precision: Precision) -> frozenset[str]:
-    """Names of what `quantize` may round, of those that `layer_names` gives: some runtimes round less."""
-    points = {
-        name for name, module in deployed.named_modules()
-        if ("attention" in operators and isinstance(module, Point)) or ("residual" in operators and isinstance(module, Residual))
-    }  # fmt: skip
-    return frozenset(weight_grids(deployed, operators, precision)) | points
+    """Those of `layer_names` that `quantize` may round: some runtimes round less."""
+    found = set(weight_grids(deployed, operators, precision))
+    for name in layer_names(deployed):
+        module = deployed.get_submodule(name)
+        if isinstance(module, Point | Residual) and ("residual" if isinstance(module, Residual) else "attention") in operators:
+            found.add(name)
+    return frozenset(found)
 
 
 def _is_worth_it(name: str, conv: nn.Conv2d) -> bool:

@@ -10,7 +10,10 @@ import torch
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
+from gcvit_edge.quantization.ranges import observe
+from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
@@ -68,6 +71,23 @@ def test_what_is_fitted_to_rounding_is_for_the_layers_that_are_rounded(tiny_mode
     different = {name for name, value in some.items() if not torch.equal(value, everything[name])}
     assert different == {"head.bias"}
     torch.testing.assert_close(some["head.bias"], plain["head.bias"], rtol=0, atol=0)
+
+
+def test_ranges_are_those_of_the_network_that_is_rounded(tiny_model: GCViT) -> None:
+    """With what was fitted, by the method that the recipe names."""
+    result = calibrated(tiny_model, bias_correction=True, calibration={"ranges": "average"})
+    assert result.ranges == observe(result.to_round(), lambda: iter(IMAGES), "average")
+    assert result.ranges != observe(result.network, lambda: iter(IMAGES), "average")
+
+
+@pytest.mark.parametrize(("precision", "fc1"), [("int8", True), ("w4a8", False)])
+def test_ranges_are_of_the_places_that_a_runtime_rounds_in_this_precision(tiny_model: GCViT, precision: str, fc1: bool) -> None:
+    recipe = Recipe.model_validate({"name": "x", "description": "x", "precision": precision, "backends": ["onnx"]} | OFF)
+    runtime = Rounding(frozenset({"linear", "conv"}), Arithmetic(activations="uint8", linear="weights"))
+    ranges = calibrate(tiny_model, recipe, lambda: iter(IMAGES), [runtime]).ranges
+    assert "stages.0.downsample.reduction.input" in ranges
+    assert ("stages.3.blocks.0.fc1.input" in ranges) == fc1
+    assert "stages.0.blocks.0.attention.q.input" not in ranges
 
 
 def test_activations_that_overflow(tiny_model: GCViT) -> None:

@@ -3,8 +3,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.layers import StaticLayer
 
 finite = st.floats(-1e4, 1e4, allow_nan=False)
 
@@ -104,3 +106,18 @@ def test_int4_has_the_best_scale_of_a_group() -> None:
         errors.append(((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(1))
     torch.testing.assert_close((integers() - weight).view(-1, 32).square().sum(1), torch.stack(errors).amin(0))
     assert torch.stack(errors).argmin(0).unique().numel() > 3  # no level is best for all
+
+
+@torch.no_grad()
+def test_a_bias_fits_32_bits_in_steps_of_both_scales() -> None:
+    """As XNNPACK has it; for a row of next to no weights these steps would be too small."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 3), torch.rand(20, 6)
+    layer.weight[1] *= 1e-12
+    layer.weight[2] = 0
+    layer.bias[:] = torch.tensor([0.5, -2, 3])
+    static = StaticLayer(layer, Affine.of_range(0, 1, "int8"), None)
+    steps = layer.bias.abs().double() / (static.weight.scale.double() * static.input.scale)
+    assert (steps <= 1.0001 * 2**30).all()
+    assert static.weight.scale[0] == IntegerWeight(layer.weight).scale[0]  # which needs no larger one
+    torch.testing.assert_close(static(x), layer(x), rtol=0, atol=0.01)

@@ -19,6 +19,7 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.arithmetic import Arithmetic
 from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.integers import Affine, GroupedWeight, HalfWeight, IntegerConstant, IntegerWeight
+from gcvit_edge.quantization.keep import layer_names
 from gcvit_edge.quantization.layers import (
     DynamicConv,
     DynamicConv2d,
@@ -26,13 +27,14 @@ from gcvit_edge.quantization.layers import (
     DynamicRowLinear,
     GroupedLinear,
     RoundedPoint,
+    StaticConvLinear,
     StaticLayer,
     WeightLayer,
     dynamic_linear,
     grouped_linear,
 )
 from gcvit_edge.quantization.ranges import Ranges, observe
-from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, quantize
+from gcvit_edge.quantization.scheme import Rounding, places_with_ranges, quantize, roundable_layers
 from gcvit_edge.recipe import Recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((8, 3, 64, 64), np.float32)]
@@ -210,6 +212,7 @@ def test_four_bits(model: nn.Module, ranges: Ranges, precision: str, grouped: st
     small = {n for n in kinds(deployed, nn.Linear) if not n.endswith(exact) and n in wide(deployed)}
     in_eight = {name.rpartition(".")[0] for name in kinds(quantized, IntegerWeight)}
     assert set(kinds(quantized, kind)) - in_eight == small
+    assert all(layer.rounded == (precision == "w4a8") for layer in quantized.modules() if isinstance(layer, GroupedLinear))
     assert 10 < sqnr_db(logits(quantized), logits(model)) < 50
 
 
@@ -234,6 +237,56 @@ def test_grouped_linear_is_a_product_with_its_integers() -> None:
     torch.testing.assert_close(grouped_linear(x, weight.values, weight.scale, False), exact, rtol=1e-5, atol=1e-4)
     rounded = grouped_linear(x, weight.values, weight.scale, True)
     assert 30 < sqnr_db(rounded.numpy(), exact.numpy()) < 60
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@torch.no_grad()
+def test_grouped_linear_rounds_32_channels_of_a_row_together(rounded: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 5), torch.randn(9, 64) * torch.logspace(-2, 2, 9)[:, None]
+    x[:, 32:] *= 30
+    read = x.double().reshape(9, 2, 32)
+    if rounded:
+        steps = read.abs().amax(2, keepdim=True) / 127
+        read = torch.round(read / steps) * steps
+    expected = read.reshape(9, 64) @ GroupedWeight(layer.weight)().double().T + layer.bias
+    torch.testing.assert_close(GroupedLinear(layer, rounded)(x), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_linear_written_as_a_convolution_is_the_linear() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 5), torch.randn(12, 7)
+    ends = Affine.of_range(-2, 3, "uint8"), Affine.of_range(-1, 1, "uint8")
+    torch.testing.assert_close(StaticConvLinear(layer, *ends)(x), StaticLayer(layer, *ends)(x), rtol=0, atol=1.001 * ends[1].scale)
+    exact = StaticConvLinear(layer, ends[0], None), StaticLayer(layer, ends[0], None)
+    torch.testing.assert_close(exact[0](x), exact[1](x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_are_rounded_with_the_ranges_of_their_own_places(model: nn.Module, ranges: Ranges) -> None:
+    deployed = deploy(model)
+    arithmetic = dataclasses.replace(STATIC, linear_output=True, symmetric_right=True, static_linear="conv")
+    quantized = quantize(deployed, frozenset({"linear", "conv"}), arithmetic, ranges)
+    layers = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, StaticLayer)}
+    assert len(layers) > 40
+    for name, layer in layers.items():
+        is_linear = isinstance(deployed.get_submodule(name), nn.Linear)
+        assert isinstance(layer, StaticConvLinear) == is_linear
+        assert layer.input == Affine.of_range(*ranges[f"{name}.input"], "uint8")
+        # keys and values too, since products are in float
+        assert layer.output == (Affine.of_range(*ranges[f"{name}.output"], "uint8") if is_linear else None)
+        read = torch.randn(3, layer.weight.values.shape[1], 4, 4) if not is_linear else torch.randn(3, layer.weight.values.shape[1])
+        answer = layer(read)
+        if layer.output is not None:
+            torch.testing.assert_close(answer, layer.output.round_trip(answer), rtol=0, atol=0)
+
+
+def test_weights_alone_need_no_ranges(model: nn.Module) -> None:
+    runtime = Rounding(frozenset({"linear", "conv"}), dataclasses.replace(STATIC, delicate="static"))
+    assert places_with_ranges(deploy(model), [runtime], "int4") == frozenset()
+    assert places_with_ranges(deploy(model), [runtime], "fp16") == frozenset()
+    assert len(places_with_ranges(deploy(model), [runtime], "w4a8")) > 10
 
 
 def test_right_factors_are_symmetric_where_the_runtime_wants_it(model: nn.Module, ranges: Ranges) -> None:
@@ -280,3 +333,13 @@ def test_one_by_one_convolutions_are_convolutions_in_every_form(operator: Any, b
     for name, module in plain.named_modules():
         if name not in changed and isinstance(module, nn.Linear | nn.Conv2d):  # what stays float keeps its weights
             torch.testing.assert_close(quantized.get_submodule(name).weight, module.weight, rtol=0, atol=0)
+
+
+def test_what_may_be_rounded_has_the_names_of_what_may_stay_float(model: nn.Module) -> None:
+    deployed = deploy(model)
+    found = {each: roundable_layers(deployed, {each}, "int8") for each in ("linear", "conv", "attention", "residual")}
+    assert frozenset.union(*found.values()) <= set(layer_names(deployed))
+    assert sum(map(len, found.values())) == len(frozenset.union(*found.values()))
+    assert {"stages.0.blocks.1.attention.softmax", "stages.0.blocks.1.attention.key"} <= found["attention"]
+    blocks = [f"stages.{stage}.blocks.{block}" for stage, depth in enumerate((2, 2, 1, 1)) for block in range(depth)]
+    assert found["residual"] == {f"{block}.residual{which}" for block in blocks for which in (1, 2)}

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from gcvit_edge.backends import backend_names
-from gcvit_edge.cache import Measurements
+from gcvit_edge.cache import Measurements, digest
 from gcvit_edge.lower import simulate, written
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.calibrate import Calibrated, calibrate
-from gcvit_edge.quantization.sensitivity import exchange, exchanged, logits, rounded_layers, work
+from gcvit_edge.quantization.sensitivity import exchange, exchanged, identity, logits, rounded_layers, work
 from gcvit_edge.recipe import Recipe, parse_recipe
 
 IMAGES = [image[None] for image in np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32)]
@@ -124,3 +125,13 @@ def test_an_addition_to_the_stream_is_one_layer(make_model: Callable[..., GCViT]
     names = rounded_layers(written("onnx", result, wanted), simulate("onnx", result, wanted))
     assert "stages.0.blocks.0.residual1" in names
     assert not [name for name in names if ".residual1." in name or ".residual2." in name]
+
+
+def test_what_is_measured_is_of_the_network_and_what_was_fitted() -> None:
+    torch.manual_seed(0)
+    network, fitted = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), {"0.weight": torch.randn(3, 3)}
+    moved, other = copy.deepcopy(network), nn.Sequential(network[0], nn.GELU())
+    moved[0].bias.data[1] += 1e-6
+    versions = [(network, fitted), (network, {}), (network, {"0.weight": fitted["0.weight"] + 1}), (moved, fitted), (other, fitted)]
+    assert len({digest(identity(*version)) for version in versions}) == len(versions)
+    assert digest(identity(copy.deepcopy(network), dict(fitted))) == digest(identity(network, fitted))
