@@ -30,6 +30,7 @@ _REFUSALS = {
     "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than last time; if you know why, ssh-keygen -R and connect by hand once",
     "Host key verification failed": "its key is not known; connect once by hand, ssh {host}, and compare the fingerprint",
     "Could not resolve": "check the name",
+    "Can't open user config file": "check --ssh-config",
     "Connection refused": "it is there, but has no SSH server on this port; switch it on",
     "timed out": "is it switched on, and in this network?",
     "No route to host": "is it switched on, and in this network?",

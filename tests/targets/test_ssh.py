@@ -252,6 +252,12 @@ def test_what_helps() -> None:
     assert "ssh-copy-id pi@board" in shell.refusal("pi@board: Permission denied (publickey,password).")
 
 
+def test_a_configuration_that_is_not_there(options: Options, tmp_path: Path) -> None:
+    said = pytest.raises(UserError, match="No such file or directory; check --ssh-config")
+    with said, connect("board", replace(options, ssh_config=tmp_path / "none")):
+        pass
+
+
 def test_a_connection_that_breaks_while_it_runs(pte_bundle: Bundle, options: Options, board: Board) -> None:
     image = pte_bundle.golden_input()[:1]
     with loaded(pte_bundle, options) as session:
