@@ -50,7 +50,7 @@ def fastest_here() -> list[int]:
 
 def default_threads() -> int:
     """CPUs that this process may use, by its mask and by the quota of its container."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = _allowed()
     return max(1, min(allowed, ceil(cpu_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")) or allowed)))
 
 
@@ -58,11 +58,18 @@ def resolve_threads(threads: int | None) -> int:
     """CPU threads to time with: as given, or one for each CPU that this process may use.
 
     Raises:
-        UserError: fewer than one.
+        UserError: fewer than one, or more than there are CPUs, which would wait for one another.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
+    if threads is not None and threads > (cpus := _allowed()):
+        raise UserError(f"threads must be at most the {cpus} CPUs that this process may use, got {threads}")
     return threads or default_threads()
+
+
+def _allowed() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(groups: Path, own: Path) -> float | None:

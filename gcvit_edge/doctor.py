@@ -28,7 +28,7 @@ def examine(steps: Steps, *, quick: bool) -> dict[str, Any]:
             with steps.step(f"try {name}"):
                 backends[name] = _try(name)
     failed = [name for name, state in backends.items() if state.startswith("fails")]
-    verdict = without_int8_products() or "INT8 runs on this CPU's own INT8 instructions."
+    verdict = without_int8_products(backends) or "INT8 runs on this CPU's own INT8 instructions."
     if failed:
         verdict += f" Not working: {', '.join(failed)}."
     return {

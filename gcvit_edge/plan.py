@@ -277,9 +277,10 @@ def _labels_of_folders(given: Sequence[ImageFolder], classes: int) -> Labels | N
     as many as there are classes.
 
     Raises:
-        UserError: the folders are numbers, whose own order is another.
+        UserError: the folders are numbers, whose own order is another; or two have as many, but not the same.
     """
     numbers = [str(index) for index in range(classes)]
+    named: dict[tuple[str, ...], ImageFolder] = {}
     for images in given:
         folders = sorted(set(images.classes))
         if folders != numbers and folders == sorted(numbers):
@@ -289,8 +290,14 @@ def _labels_of_folders(given: Sequence[ImageFolder], classes: int) -> Labels | N
                 "the logits"
             )
         if len(folders) == classes:
-            return Labels.of(folders)
-    return None
+            named.setdefault(tuple(folders), images)
+    if len(named) > 1:
+        said = "; ".join(f"{images.root}: {', '.join(folders[:5])}{', ...' * (classes > 5)}" for folders, images in named.items())
+        raise UserError(
+            f"the checkpoint does not name its {classes} classes, and folders have other names here than there ({said}); "
+            "rename them, or give --labels FILE with the names in the order of the logits"
+        )
+    return Labels.of(next(iter(named))) if named else None
 
 
 def _check_weights(network: "GCViT") -> None:
@@ -310,6 +317,7 @@ def describe_plan(job: Job) -> dict[str, Any]:
         "weights": job.info.origin.source,
         "licence": job.info.origin.licence,
         "classes": len(job.info.labels.names),
+        "first_classes": list(job.info.labels.names[:5]),
         "preprocessing": job.info.preprocessing.model_dump(),
         "calibration_images": len(job.calibration.files),
         **({"held_out_images": len(job.held_out.files)} if job.held_out else {}),

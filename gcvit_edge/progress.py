@@ -1,4 +1,4 @@
-"""Progress of long steps: bars on a terminal, one line a step elsewhere, and the time that each step took."""
+"""Progress of long steps: bars on a terminal, a line at the start and the end of each elsewhere, and the time that each step took."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +54,8 @@ class Steps:
                 bar = Bar(name, progress, total, done)
                 yield bar
         else:
+            if self.console is not None:
+                self.console.print(f"{escape(name)} ...", highlight=False)
             bar = Bar(name)
             yield bar
         raise_interruption()

@@ -47,7 +47,7 @@ class Search(Section):
 class Limits(Section):
     """Accuracy that every artifact must keep against float, on the evaluation images."""
 
-    max_drop: float = Field(0.5, description="top-1 drop in percentage points")
+    max_drop: float = Field(0.5, ge=-100, le=100, description="top-1 drop in percentage points")
     min_agreement: float = Field(0.985, ge=0, le=1, description="fraction of images with the same top-1 class")
 
 

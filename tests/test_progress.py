@@ -1,4 +1,4 @@
-"""Progress: a line a step off a terminal, the note behind its name; bars on one."""
+"""Progress: two lines a step off a terminal, the note behind its name; bars on one."""
 
 import io
 import time
@@ -11,17 +11,19 @@ from rich.console import Console
 from gcvit_edge.progress import Bar, Steps
 
 
-def test_a_line_a_step_with_its_last_note() -> None:
+def test_two_lines_a_step_with_its_last_note() -> None:
     out = io.StringIO()
     steps = Steps(Console(file=out, width=100))
     with steps.step("read", 2) as bar:
+        assert out.getvalue() == "read ...\n"
         bar()
         bar()
     with steps.step("epoch 1 of 2", 10, done=4) as bar:
         bar.note("loss 2.0")
         bar.note("loss 1.5 [red]")
         bar()
-    first, second = out.getvalue().splitlines()
+    _, first, begun, second = out.getvalue().splitlines()
+    assert begun == "epoch 1 of 2 ..."
     assert first.startswith("done read 0.")
     assert second.startswith("done epoch 1 of 2: loss 1.5 [red] 0.")
     assert list(steps.seconds) == ["read", "epoch 1 of 2"]

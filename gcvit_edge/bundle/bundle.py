@@ -79,14 +79,14 @@ class Bundle:
         ]  # fmt: skip
 
     def artifact(self, backend: str | None = None, precision: str | None = None) -> Artifact:
-        """The first artifact of a backend and precision; None is any.
+        """The first artifact of a backend and precision; None is any, float only where there is nothing else: it is there to compare with.
 
         Raises:
             UserError: the bundle has none; the message lists those that it has.
         """
-        for artifact in self.artifacts:
-            if backend in (None, artifact.backend) and precision in (None, artifact.precision):
-                return artifact
+        found = [a for a in self.artifacts if backend in (None, a.backend) and precision in (None, a.precision)]
+        if found:
+            return min(found, key=lambda artifact: artifact.precision == "float")
         if precision is None and backend is not None:
             raise unknown_name("backend of this bundle", backend, dict.fromkeys(a.backend for a in self.artifacts))
         raise unknown_name("artifact of this bundle", f"{backend or 'any'}.{precision}", [a.name for a in self.artifacts])

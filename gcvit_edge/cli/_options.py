@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from gcvit_edge.measurement.result import Report
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which network: --model, --weights, --num-classes, --labels, --preprocessing."""
-    group = parser.add_argument_group("model (default: the embedded sample, gcvit_xxtiny on Fashion-MNIST)")
+def add_model_options(parser: argparse.ArgumentParser, *, sample: bool = True) -> None:
+    """Which network: --model, --weights, --num-classes, --labels, --preprocessing. sample: without --weights it is the embedded one."""
+    group = parser.add_argument_group("model" + " (default: the embedded sample, gcvit_xxtiny on Fashion-MNIST)" * sample)
     group.add_argument("--model", metavar="NAME", help="variant, such as gcvit_xxtiny (default: recognised from the weights)")
-    group.add_argument("--weights", metavar="FILE", help="checkpoint of timm, NVlabs or gcvit-edge (.safetensors, .pth), or hf-hub:ID")
+    text = "checkpoint of timm, NVlabs or gcvit-edge (.safetensors, .pth), or hf-hub:ID"
+    group.add_argument("--weights", metavar="FILE", required=not sample, help=text)
     group.add_argument("--num-classes", type=int, metavar="N", help="classes that the checkpoint must have (default: what it has)")
     group.add_argument("--labels", type=Path, metavar="FILE", help="class names in the order of the logits: a name a line, or JSON")
     group.add_argument(
@@ -39,13 +40,11 @@ def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Where the bundle goes: --backends, --output, --zip, --force, --threads."""
-    text = "executorch openvino onnx (default: those of the recipe; of export, all)"
+def add_output_options(parser: argparse.ArgumentParser, backends: str, name: str) -> None:
+    """Where the bundle goes: --backends, --output, --zip, --force, --threads. backends, name: what the help says of their defaults."""
+    text = f"executorch openvino onnx (default: {backends})"
     parser.add_argument("--backends", nargs="+", action="extend", metavar="B", help=text)
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="the bundle to make (default: MODEL.RECIPE here; of export, MODEL.float)"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help=f"the bundle to make (default: {name} in the current folder)")
     parser.add_argument("--zip", action="store_true", help="one .zip file instead of a folder")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is already there")
     add_threads(parser)

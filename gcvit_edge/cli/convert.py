@@ -22,7 +22,7 @@ The keys are timm's, so the file also loads into timm's model of the same name.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_options(parser)
+    add_model_options(parser, sample=False)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--licence", "--license", metavar="SPDX", help="licence of the weights (default: what the origin implies)")
     parser.add_argument("--origin", metavar="TEXT", help="where the weights come from (default: the name of the file)")
@@ -37,8 +37,6 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.paths import is_full
 
     options = model_options(arguments)
-    if options["weights"] is None:
-        raise UserError("convert needs --weights: the checkpoint to convert")
     output = arguments.output
     if output.suffix != ".safetensors":
         raise UserError(f"--output must end in .safetensors, got {output.name}")

@@ -20,7 +20,7 @@ Each artifact must agree with PyTorch to rounding.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    add_output_options(parser)
+    add_output_options(parser, "all", "MODEL.float")
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":

@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--eval-images", type=int, metavar="N", help="of --eval, spread evenly over the classes (default: all)")
     add_training_options(parser).add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--max-drop", type=float, metavar="D", help="limit of the top-1 drop in points (default: the recipe's)")
-    add_output_options(parser)
+    add_output_options(parser, "those of the recipe", "MODEL.RECIPE")
     parser.add_argument("--with-float", action="store_true", help="put the float artifacts into the bundle too")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check everything but whether images decode, print the plan, write nothing")
 
 
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
     from gcvit_edge.plan import describe_plan, plan
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.search import search_lines
-    from gcvit_edge.report.table import epochs_table, noise_warnings, results_table, seconds_table
+    from gcvit_edge.report.table import epochs_table, limit_warnings, noise_warnings, results_table, seconds_table
 
     job = plan(
         arguments.recipe, **model_options(arguments), calib=arguments.calib, eval=arguments.eval, train=arguments.train,
@@ -65,11 +65,15 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         max_drop=arguments.max_drop,
     )  # fmt: skip
     main = job.tuning is None or job.tuning.accelerator.is_main_process
+    elsewhere = for_another_cpu(job.recipe, job.backends)
     if arguments.dry_run and not main:
         return None
     if arguments.dry_run:
         described = describe_plan(job)
-        return Result(described, [f"{key}: {_readable(value)}" for key, value in described.items()] + ["dry run: nothing was written"])
+        lines = [f"{key}: {_readable(value)}" for key, value in described.items()]
+        return Result(described, [*lines, *elsewhere, "dry run: nothing was written"])
+    for line in elsewhere if main else []:  # before what takes minutes
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
     with resumable(job.tuning.state if job.tuning else None):
         bundle = run_job(job, Steps(errors if main else None))
     if bundle is None:
@@ -85,7 +89,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result | None":
         )
     training = [epochs_table(report["training"]["epochs"])] if "training" in report else []
     skipped = skipped_lines(report["skipped_images"])
-    notes = [*noise_warnings(report), *for_another_cpu(job.recipe, job.backends), *search_lines(report)]
+    notes = [*limit_warnings(report), *noise_warnings(report), *elsewhere, *search_lines(report)]
     shown = [*training, results_table(report), *notes, seconds_table(report["seconds"]), *skipped, f"bundle: {job.output}"]
     return Result(report | {"bundle": str(job.output)}, shown, error)
 
@@ -94,7 +98,7 @@ def for_another_cpu(recipe: "Recipe", backends: Sequence[str]) -> list[str]:
     """A line where OpenVINO's INT8 is made for CPUs with VNNI, and timed on one without."""
     from gcvit_edge.measurement.machine import without_int8_products
 
-    said = without_int8_products() if "openvino" in backends and recipe.precision == "int8" and recipe.x86 == "vnni" else None
+    said = without_int8_products(backends) if "openvino" in backends and recipe.precision == "int8" and recipe.x86 == "vnni" else None
     return [said] if said else []
 
 

@@ -16,7 +16,7 @@ HELP = """list the recipes, or show one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("list", "show"))
+    parser.add_argument("what", choices=("list", "show"), metavar="list|show", help="all recipes, a line each, or one of them, whole")
     parser.add_argument("name", nargs="?", metavar="RECIPE", help="recipe name or .yaml file, for show")
 
 

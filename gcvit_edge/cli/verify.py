@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.bundle import open_bundle
     from gcvit_edge.bundle.bundle import wrong_answers
+    from gcvit_edge.bundle.manifest import GOLDEN_IMAGE, GOLDEN_PREPROCESSED
     from gcvit_edge.cli import Result
 
     bundle = open_bundle(arguments.bundle)
     bundle.verify_content()
     replays = bundle.replay()
     lines = [f"{len(bundle.manifest.files)} files have the hashes that bundle.json lists"]
+    if any(file.path == GOLDEN_IMAGE for file in bundle.manifest.files):  # which older bundles have not
+        lines.append(f"{GOLDEN_IMAGE} is preprocessed to {GOLDEN_PREPROCESSED} here too")
     for name, parity in replays.items():
         lines.append(f"{name}: golden output {'' if parity.passed else 'not '}reproduced, {parity.describe()}")
     replayed = [{"artifact": name, **parity.model_dump()} for name, parity in replays.items()]

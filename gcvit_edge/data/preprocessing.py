@@ -156,7 +156,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
         beyond = _beyond(data, resize, crop)
         fields = {} if beyond else _from_huggingface(data, resize, crop)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a preprocessor_config.json that can be used: {error!r} is missing or wrong") from error
+        raise UserError(f"{path} is not a preprocessor_config.json that can be used: {error} is missing or wrong") from error
     if beyond:
         raise UserError(
             f"{path} asks for {', '.join(beyond)}, which this preprocessing cannot do; it resizes the shorter side and crops the centre, "

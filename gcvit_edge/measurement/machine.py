@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 
 from pydantic import BaseModel, ConfigDict
 
@@ -164,11 +165,11 @@ def int8_features() -> list[tuple[str, str, bool]]:
     return [(flag, meaning, flag in present) for flag, meaning in INT8_FEATURES.get(platform.machine(), ())]
 
 
-def without_int8_products() -> str | None:
-    """What to say of INT8 on this CPU if it has no instructions that add up products of bytes, as all of `INT8_FEATURES` but the first of
-    each architecture are; None if it has."""
+def without_int8_products(backends: Collection[str]) -> str | None:
+    """What to say of INT8 in these backends on this CPU if it has no instructions that add up products of bytes, as all of `INT8_FEATURES`
+    but the first of each architecture are; None if it has."""
     if any(present for _, _, present in int8_features()[1:]):
         return None
     text = "This CPU has no INT8 dot product instructions that we know of, so INT8 gains less here than elsewhere"
     x86 = "; in OpenVINO linears are slower than float's unless the recipe has `x86: avx2`, as int8_ptq_avx2 has"
-    return f"{text}{x86 if platform.machine() == 'x86_64' else ''}."
+    return f"{text}{x86 if platform.machine() == 'x86_64' and 'openvino' in backends else ''}."

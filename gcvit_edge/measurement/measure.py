@@ -120,7 +120,10 @@ def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, li
             raise UserError(f"{device.name} runs nothing of {', '.join(a.name for a in artifacts)}; {device.target}: {target.HELP}")
         with target.connect(device.address, device.options) as connection:
             machine = connection.machine()
-            results = measure(_Site(device, connection, device.threads or machine.cpus, emulated, failures), cases)
+            threads = device.threads or machine.cpus
+            if threads > machine.cpus:
+                raise UserError(f"{device.name} has {machine.cpus} CPUs, fewer than the {threads} threads asked for; give at most so many")
+            results = measure(_Site(device, connection, threads, emulated, failures), cases)
     except (UserError, CheckFailed) as error:
         if alone and not results:
             raise

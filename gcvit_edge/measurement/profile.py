@@ -51,7 +51,7 @@ def profile_bundle(bundle: "Bundle", backend: str, threads: int | None, etdump: 
                 profiles[precision] = summarize(*load_backend(backend).profile(artifacts[precision].path, threads, image, RUNS))
     name = list(profiles)[-1]
     lines = verdict(name, profiles[name], profiles.get("float") if name != "float" else None)
-    if profiles[name]["integer"]["count"] and not etdump and (handicap := without_int8_products()):
+    if profiles[name]["integer"]["count"] and not etdump and (handicap := without_int8_products([backend])):
         lines.append(handicap)
     return {
         "model": bundle.info.name,

@@ -28,6 +28,7 @@ from gcvit_edge.model.layout import Size, State, from_nvlabs, infer_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 from gcvit_edge.paths import written_whole
 
+_ADVICE = "download it again, or give a .safetensors file or one of torch.save"
 _METADATA_KEY = "gcvit_edge"
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedModel, of torch.compile, of Lightning
@@ -141,7 +142,8 @@ def load_weights(model: GCViT, checkpoint: Checkpoint, source: str) -> None:
     if not _alike(have, want):
         name = variant_of(have)
         guess = f"it is a {name}: give --model {name}" if name else f"its shape is {_structure(have)}"
-        raise UserError(f"checkpoint {source} is not of the requested variant {_structure(want)}; {guess}")
+        wanted = f"a {named}" if (named := variant_of(want)) else f"of the requested shape {_structure(want)}"
+        raise UserError(f"checkpoint {source} is not {wanted}; {guess}")
     if have.in_chans != want.in_chans:
         raise UserError(f"checkpoint {source} has {have.in_chans} input channels, the model {want.in_chans}; set in_chans to match")
     if checkpoint.sizes is not None and have.window_size is None:
@@ -175,7 +177,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is truncated or no safetensors file ({error}); download it again") from error
+        raise UserError(f"checkpoint {path} is truncated or no safetensors file ({error}); {_ADVICE}") from error
 
 
 def _read_pickle(path: Path) -> State:
@@ -188,9 +190,10 @@ def _read_pickle(path: Path) -> State:
                 f"checkpoint {path} is a pickle that holds more than weights, and was not executed ({_reason(error)}); "
                 "save its state_dict alone, or use safetensors"
             ) from error
-        raise UserError(f"checkpoint {path} is truncated or no PyTorch file; download it again") from error
+        raise UserError(f"checkpoint {path} is truncated or no PyTorch file; {_ADVICE}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"checkpoint {path} is truncated or no PyTorch file ({error}); download it again") from error
+        said = f" ({error})" if isinstance(error, RuntimeError | OSError) and str(error) else ""  # the others' words are of the unpickler
+        raise UserError(f"checkpoint {path} is truncated or no PyTorch file{said}; {_ADVICE}") from error
     while isinstance(data, dict) and (wrapper := next((w for w in _WRAPPERS if isinstance(data.get(w), dict)), None)):
         data = data[wrapper]
     state = {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}

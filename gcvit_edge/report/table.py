@@ -64,6 +64,18 @@ def noise_warnings(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def limit_warnings(report: dict[str, Any]) -> list[str]:
+    """A line where the images do not show that the limit of the drop is kept; a limit of 0 none do."""
+    limit, ends = report["limits"]["max_drop"], {entry["backend"]: entry["drop_ci95"][1] for entry in report["artifacts"]}
+    wide = [f"{end:+.2f} ({backend})" for backend, end in ends.items() if end > limit > 0]
+    if not wide:
+        return []
+    return [
+        f"warning: {report['images']} images leave open whether the drop is within {limit} points: its interval ends at {', '.join(wide)}; "
+        "the more images --eval has, the narrower it is"
+    ]
+
+
 def timing_table(title: str, entries: list[dict[str, Any]]) -> Table:
     """Latency, load time (both in ms) and memory of artifacts; fits 80 columns."""
     table = compact_table(title)

@@ -75,7 +75,7 @@ def read_settings(path: Path | None, changes: dict[str, Any]) -> TrainSettings:
         UserError: the file cannot be read, an unknown key, or a value of the wrong kind.
     """
     settings = TrainSettings() if path is None else parse_yaml(TrainSettings, read_text(path, "settings"), f"settings {path}")  # type: ignore[call-arg]
-    return validate(TrainSettings, settings.model_dump() | changes, "training settings")
+    return validate(TrainSettings, settings.model_dump() | changes, "training configuration")
 
 
 def micro_batches(settings: TrainSettings, processes: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from commands import Command
 from PIL import Image
 from tiny import EVALUATION_IMAGES, Tiny
 
+from gcvit_edge.bundle import open_bundle
 from gcvit_edge.cli import main
 
 
@@ -21,7 +22,9 @@ def test_verify(command: Command, bundle: Path) -> None:
     assert set(replays) == {"onnx.float", "onnx.int8"}
     assert replays["onnx.float"]["minimum_db"] == 80
     assert all(replay["sqnr_db"] > 80 for replay in replays.values())
-    assert "11 files have the hashes that bundle.json lists" in command("verify", bundle).out
+    said = command("verify", bundle).out
+    assert "11 files have the hashes that bundle.json lists" in said
+    assert "golden/image.png is preprocessed to golden/image.npy here too" in said
 
 
 def test_verify_of_a_tampered_bundle_is_exit_4(command: Command, bundle: Path, tmp_path: Path) -> None:
@@ -49,6 +52,8 @@ def test_predict(command: Command, bundle: Path, tiny: Tiny) -> None:
     assert [entry["classes"][0]["label"] for entry in outcome.json] == ["red", "green"]
     assert [len(entry["classes"]) for entry in outcome.json] == [2, 2]
     assert outcome.json[0]["classes"][0]["probability"] > 0.9
+    ships = open_bundle(bundle).artifact("onnx", "int8")  # float stands in the bundle too, before it
+    assert open_bundle(bundle).artifact() == open_bundle(bundle).artifact("onnx") == ships
     text = command("predict", bundle, tiny.image("blue"), "--backend", "onnx").out.splitlines()
     assert text[0] == str(tiny.image("blue"))
     assert text[1].split()[-1] == "blue"

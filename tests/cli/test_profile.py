@@ -22,7 +22,7 @@ def test_profile(command: Command, bundle: Path) -> None:
 def test_profile_says_when_the_cpu_has_no_int8_products(
     present: bool, command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gcvit_edge.measurement.profile.without_int8_products", lambda: None if present else "This CPU has none.")
+    monkeypatch.setattr("gcvit_edge.measurement.profile.without_int8_products", lambda backends: None if present else "This CPU has none.")
     report = command("profile", bundle, "--backend", "onnx", "--threads", 1, "--json").json
     assert (report["verdict"][-1] == "This CPU has none.") is not present
 

@@ -26,7 +26,7 @@ from gcvit_edge.measurement.machine import this_machine
 from gcvit_edge.model.checkpoint import save_checkpoint
 from gcvit_edge.model.create import describe_model
 from gcvit_edge.model.gcvit import GCViT
-from gcvit_edge.plan import plan
+from gcvit_edge.plan import describe_plan, plan
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 
@@ -229,6 +229,12 @@ def test_names_are_those_of_folders_where_there_are_no_others(tiny: Tiny, tmp_pa
     shutil.rmtree(tmp_path / "val" / "class 3")  # of some classes there may be no images to evaluate
     job = plan("int8_ptq", weights=tmp_path / "plain.pth", **given)
     assert job.info.labels.names[:4] == ("class 0", "class 1", "class 10", "class 11")
+    assert describe_plan(job)["first_classes"] == ["class 0", "class 1", "class 10", "class 11", "class 2"]
+    shutil.copytree(tmp_path / "val" / "class 4", tmp_path / "val" / "class 3")
+    (tmp_path / "calib" / "class 0").rename(tmp_path / "calib" / "class x")
+    with pytest.raises(UserError, match=r"other names here than there \(.*val: class 0, class 1, .*; .*calib: class 1, .*; rename them"):
+        plan("int8_ptq", weights=tmp_path / "plain.pth", **given)
+    assert plan("int8_ptq", weights=tmp_path / "plain.pth", labels=job.info.labels, **given).info.labels == job.info.labels
 
 
 def test_quantize_refuses_folders_that_are_no_classes(command: Command, tiny: Tiny, tmp_path: Path) -> None:
@@ -248,7 +254,7 @@ def test_quantize_refuses_checkpoints(command: Command, tiny: Tiny, tmp_path: Pa
     rest = without(own(tiny), "--weights")
     other = GOLDEN / "timm_plain.safetensors"
     message = command.refuses("quantize", *rest, "--weights", other, "--model", "gcvit_tiny")
-    assert "timm_plain.safetensors is not of the requested variant" in message
+    assert "timm_plain.safetensors is not a gcvit_tiny; its shape is {" in message
     whole = tiny.weights.read_bytes()
     for name, content in (("half.safetensors", whole[: len(whole) // 2]), ("half.pth", b"PK\x03\x04" + bytes(100)), ("no.pth", b"")):
         (tmp_path / name).write_bytes(content)

@@ -288,7 +288,7 @@ def test_what_it_cannot_do_is_refused(changes: dict, message: str, tmp_path: Pat
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("{}", "size"),
+        ("{}", "can be used: 'size' is missing or wrong"),
         ('{"size": {"shortest_edge": 8}, "crop_size": 8, "resample": 99, "image_mean": [0], "image_std": [1]}', "99"),
         ('{"size": 8, "crop_size": 8, "resample": 3, "image_mean": "x", "image_std": [1]}', "mean"),
         ('{"size": 8, "crop_size": 8, "image_mean": [0], "image_std": [1]}', "'resample'.* is missing"),

@@ -150,8 +150,10 @@ def test_int8_products(architecture: str, features: tuple[str, ...], said: str |
     machine = this_machine().model_copy(update={"features": features})
     monkeypatch.setattr("gcvit_edge.measurement.machine.this_machine", lambda: machine)
     monkeypatch.setattr("platform.machine", lambda: architecture)
-    found = without_int8_products()
+    found = without_int8_products(["onnx", "openvino"])
     assert (found is None) if said is None else (found or "").endswith(said)
+    elsewhere = without_int8_products(["onnx"])
+    assert (elsewhere is None) if said is None else (elsewhere or "").endswith("than elsewhere.")
 
 
 def test_this_machine() -> None:

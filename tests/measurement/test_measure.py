@@ -14,7 +14,8 @@ from target_contract import BRIEF
 import gcvit_edge.targets
 from gcvit_edge.bundle import Bundle
 from gcvit_edge.cli._options import report_error
-from gcvit_edge.errors import CheckFailed
+from gcvit_edge.cpus import default_threads
+from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import Logits
 from gcvit_edge.measurement.devices import find_devices
 from gcvit_edge.measurement.measure import _references, benchmark_bundle, evaluate_bundle
@@ -103,3 +104,10 @@ def test_a_connection_that_fails_at_its_end_leaves_the_results(bundle: Bundle) -
     assert [result.precision for result in run.results] == ["float", "int8"]
     assert (run.error or "").startswith("onnx.float (gone): ")
     assert (run.error or "").endswith("\nthe network is gone")
+
+
+def test_more_threads_than_cpus_are_refused(bundle: Bundle) -> None:
+    cpus = default_threads()
+    message = f"local has {cpus} CPUs, fewer than the {cpus + 1} threads asked for"
+    with pytest.raises(UserError, match=message):
+        benchmark_bundle(bundle, find_devices(["local"], None, cpus + 1, {}), BRIEF, Steps())

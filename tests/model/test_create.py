@@ -90,17 +90,17 @@ def test_another_number_of_channels(saved):
 
 
 def test_another_custom_shape(saved):
-    with pytest.raises(UserError, match=r"not of the requested variant.*its shape is .*'depths': \(2, 2, 2, 2\)"):
+    with pytest.raises(UserError, match=r"not of the requested shape.*its shape is .*'depths': \(2, 2, 2, 2\)"):
         create_model(weights=saved, **SHAPE | {"depths": (2, 2, 3, 2)})
 
 
 def test_another_variant_names_the_right_one(xxtiny):
-    with pytest.raises(UserError, match="it is a gcvit_xxtiny: give --model gcvit_xxtiny"):
+    with pytest.raises(UserError, match="is not a gcvit_xtiny; it is a gcvit_xxtiny: give --model gcvit_xxtiny"):
         load_model(str(xxtiny), "gcvit_xtiny")
 
 
 def test_same_weights_with_and_without_layer_scale_differ(saved):
-    with pytest.raises(UserError, match="not of the requested variant"):
+    with pytest.raises(UserError, match="not of the requested shape"):
         create_model(weights=saved, **SHAPE, layer_scale=1e-5)
 
 
@@ -313,7 +313,7 @@ def test_widths_of_mlps_that_are_no_multiples(tmp_path, shape):
             assert all(torch.equal(value, same.state_dict()[key]) for key, value in model.state_dict().items())
         assert name == "plain" or info.config["mlp_ratio"] == shape["mlp_ratio"]
     with pytest.raises(
-        UserError, match=rf"not of the requested variant .*'mlp_ratio': 2\.5.* its shape is .*'mlp_ratio': {shape['mlp_ratio']}"
+        UserError, match=rf"not of the requested shape .*'mlp_ratio': 2\.5.* its shape is .*'mlp_ratio': {shape['mlp_ratio']}"
     ):
         create_model(**shape | {"mlp_ratio": 2.5}, weights=tmp_path / "own.safetensors")
 

@@ -9,7 +9,7 @@ from gcvit_edge.measurement.parity import Parity
 from gcvit_edge.measurement.result import Accuracy, Report, Result, Run
 from gcvit_edge.report.analysis import analysis_tables
 from gcvit_edge.report.devices import accuracy_table, benchmark_table
-from gcvit_edge.report.table import results_table, timing_table
+from gcvit_edge.report.table import limit_warnings, results_table, timing_table
 
 NAMES = ("pi [lab]", "pi[/dev/ttyUSB0]", "[red]")
 
@@ -124,3 +124,11 @@ def test_columns_of_a_comparison_are_shown_where_there_is_one() -> None:
         assert "90.00%" in text
         assert "80.0 95.0" in text
         assert "90 dB" in text
+
+
+def test_images_that_leave_open_whether_the_limit_is_kept() -> None:
+    artifacts = [{"backend": "onnx", "drop_ci95": [-3.7, 1.73]}, {"backend": "openvino", "drop_ci95": [-1, 0.5]}]
+    (line,) = limit_warnings({"images": 100, "limits": {"max_drop": 0.5}, "artifacts": artifacts})
+    assert line.startswith("warning: 100 images leave open whether the drop is within 0.5 points: its interval ends at +1.73 (onnx); ")
+    assert limit_warnings({"images": 100, "limits": {"max_drop": 2.0}, "artifacts": artifacts}) == []
+    assert limit_warnings({"images": 100, "limits": {"max_drop": 0.0}, "artifacts": artifacts}) == []  # which no images show

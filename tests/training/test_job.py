@@ -286,7 +286,7 @@ def test_images_that_do_not_decode_are_left_out(tiny: Tiny, tmp_path: Path, capf
         ({"eval": "none"}, "evaluation folder none does not exist"),
         ({"weights": "none.safetensors"}, r"checkpoint none\.safetensors does not exist"),
         ({"model": "gcvit_huge"}, "unknown model 'gcvit_huge'; did you mean"),
-        ({"model": "gcvit_tiny"}, "is not of the requested variant"),
+        ({"model": "gcvit_tiny"}, "is not a gcvit_tiny; its shape is "),
         ({"image_size": 50}, r"img_size \(50, 50\) is not a multiple of 32 pixels"),
         ({"drop_path": 1.5}, "drop_path is a probability below 1"),
         ({"freeze_stages": 5}, "freeze_stages must be 0 to 4"),

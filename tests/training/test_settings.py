@@ -49,7 +49,7 @@ def test_mistakes_are_explained(text: str, message: str, tmp_path: Path) -> None
 
 
 def test_wrong_flags_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="training settings is not valid:\n  seed: got -1; "):
+    with pytest.raises(UserError, match="training configuration is not valid:\n  seed: got -1; "):
         read_settings(None, {"seed": -1})
     with pytest.raises(UserError, match=r"settings file .*none\.yaml does not exist"):
         read_settings(tmp_path / "none.yaml", {})
