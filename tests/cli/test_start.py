@@ -87,9 +87,11 @@ def test_bad_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
         ),
         (["predict", "bundle", "a.jpg", "--zzzzqqq"], "unrecognized arguments: --zzzzqqq"),
         (["verify", "bundle", "another"], "unrecognized arguments: another"),
+        (["convert", "-o", "a.safetensors"], "the following arguments are required: --weights"),
+        (["recipes"], "the following arguments are required: list|show"),
     ],
 )
-def test_an_unknown_option_is_told_by_its_verb_with_the_nearest_one(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_told_by_their_verb(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(argv)
     assert capsys.readouterr().err.splitlines()[-1] == f"gcvit-edge {argv[0]}: error: {said}"
