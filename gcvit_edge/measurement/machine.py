@@ -26,7 +26,7 @@ INT8_FEATURES = {
 
 # part numbers of each implementer, for CPUs whose /proc/cpuinfo has no name. Sources: Linux, arch/arm64/include/asm/cputype.h;
 # util-linux, sys-utils/lscpu-arm.c
-_ARM, _HISILICON = 0x41, 0x48
+_ARM, _HISILICON, _NVIDIA, _QUALCOMM = 0x41, 0x48, 0x4E, 0x51
 _PARTS = {
     _ARM: {
         0xD03: "Cortex-A53", 0xD04: "Cortex-A35", 0xD05: "Cortex-A55", 0xD07: "Cortex-A57", 0xD08: "Cortex-A72", 0xD09: "Cortex-A73",
@@ -36,6 +36,11 @@ _PARTS = {
         0xD82: "Cortex-X4",
     },
     _HISILICON: {0xD01: "TaiShan-v110", 0xD40: "Cortex-A76", 0xD41: "Cortex-A77"},
+    _NVIDIA: {0x003: "Denver 2", 0x004: "Carmel"},
+    _QUALCOMM: {
+        0x001: "Oryon", 0x800: "Kryo-2XX-Gold", 0x801: "Kryo-2XX-Silver", 0x802: "Kryo-3XX-Gold", 0x803: "Kryo-3XX-Silver",
+        0x804: "Kryo-4XX-Gold", 0x805: "Kryo-4XX-Silver",
+    },
 }  # fmt: skip
 
 # for any POSIX shell, Android's and BusyBox's too; what a machine does not have stays empty

@@ -121,6 +121,8 @@ def test_phone_with_several_kinds_of_core() -> None:
         ((("0x48", "0xd01"),), "1x TaiShan-v110"),
         ((("0x48", "0xd0c"),), "1x Arm part 0xd0c"),
         ((("0x51", "0xd05"), ("0x61", "0x022")), "1x Arm part 0xd05 + 1x Arm part 0x22"),
+        ((("0x51", "0x805"), ("0x51", "0x805"), ("0x41", "0xd0d")), "1x Cortex-A77 + 2x Kryo-4XX-Silver"),
+        ((("0x4e", "0x004"),), "1x Carmel"),
     ],
 )
 def test_a_part_number_is_its_implementer_s(cpus: tuple[tuple[str, str], ...], name: str) -> None:
