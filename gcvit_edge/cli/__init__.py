@@ -37,7 +37,7 @@ exit codes:
   3  made and checked, but an accuracy limit of the recipe is broken
   4  a check failed: a changed bundle, a broken baseline, a device or backend that fails; or a disk is full
   5  an artifact gives other logits than its golden ones
-  130  interrupted; nothing was written (train, int8_qat: the run so far, for --resume)
+  130  interrupted; nothing was written (train, int8_qat: the run so far, for --resume; of several devices: those that were done)
   141  who read the output has gone, as `| head` does
 """
 
@@ -48,7 +48,7 @@ class Result:
 
     data: Any
     shown: Sequence[RenderableType]
-    error: LimitBroken | CheckFailed | None = None
+    error: LimitBroken | CheckFailed | KeyboardInterrupt | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:

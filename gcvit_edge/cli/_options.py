@@ -1,7 +1,7 @@
 """Options that several verbs share."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
@@ -137,6 +137,17 @@ def resumable(state: Path | None) -> Iterator[None]:
         saved = state is not None and state.exists()
         done = f"the run is saved in {state}: continue it with --resume" if saved else "nothing was written"
         raise KeyboardInterrupt(f"interrupted; {done}") from None
+
+
+def measured(measure: "Callable[[], Report]") -> "tuple[Report, CheckFailed | KeyboardInterrupt | None]":
+    """The report of devices that `measure` gives, and what the command ends with; interrupted, of those that were done."""
+    from gcvit_edge.measurement.measure import Interrupted
+
+    try:
+        report = measure()
+    except Interrupted as interruption:
+        return interruption.report, interruption
+    return report, report_error(report)
 
 
 def report_error(report: "Report") -> "CheckFailed | None":

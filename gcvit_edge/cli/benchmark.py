@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gcvit_edge.cli._options import add_devices, devices, report_error
+from gcvit_edge.cli._options import add_devices, devices, measured
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.devices import benchmark_table, count_lines, machine_lines, warnings
 
-    mode = MODES[arguments.mode]
-    report = benchmark_bundle(open_bundle(arguments.bundle), devices(arguments), mode, Steps(errors), arguments.backend)
+    bundle, mode = open_bundle(arguments.bundle), MODES[arguments.mode]
+    report, error = measured(lambda: benchmark_bundle(bundle, devices(arguments), mode, Steps(errors), arguments.backend))
     shown = [benchmark_table(report), *machine_lines(report), *count_lines(report), *warnings(report)]
-    return Result(report.model_dump(mode="json"), shown, report_error(report))
+    return Result(report.model_dump(mode="json"), shown, error)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcvit_edge.cli._options import add_devices, devices, report_error, skipped_lines
+from gcvit_edge.cli._options import add_devices, devices, measured, skipped_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     from gcvit_edge.progress import Steps
     from gcvit_edge.report.devices import accuracy_table, machine_lines
 
-    report = evaluate_bundle(open_bundle(arguments.bundle), devices(arguments), arguments.data, Steps(errors), arguments.backend)
+    bundle = open_bundle(arguments.bundle)
+    report, error = measured(lambda: evaluate_bundle(bundle, devices(arguments), arguments.data, Steps(errors), arguments.backend))
     shown = [accuracy_table(report), *machine_lines(report), *skipped_lines(report.skipped_images)]
-    return Result(report.model_dump(mode="json"), shown, report_error(report))
+    return Result(report.model_dump(mode="json"), shown, error)

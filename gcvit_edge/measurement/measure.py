@@ -46,6 +46,18 @@ class _Site:
             self.note(case, error)
 
 
+_Measure = Callable[[_Site, list[Case]], list[Result]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption after some of several devices were done. report: theirs."""
+
+    def __init__(self, report: Report) -> None:
+        done = ", ".join(run.device for run in report.runs)
+        super().__init__(f"interrupted; the results are those of {done}, done before")
+        self.report = report
+
+
 def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, steps: Steps, backends: Sequence[str] | None = None) -> Report:
     """Latency, load time, memory and parity of every artifact on every device, one device after the other.
 
@@ -54,6 +66,7 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
     Raises:
         UserError: a device cannot be reached or can run nothing of the bundle. Of several devices, see `Run.error`.
         CheckFailed: an artifact was changed, or none runs on the device. Of several devices, or if only some do not run, see `Run.error`.
+        Interrupted: a KeyboardInterrupt that has the results of the devices that were done before.
     """
 
     def measure(site: _Site, cases: list[Case]) -> list[Result]:
@@ -61,8 +74,7 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
         with steps.step(f"{site.device.name}: time", mode.turns * len(cases), timed=not site.emulated) as advance:
             return [result for group in groups for result in _time(bundle, site, group, mode, advance)]
 
-    artifacts = _artifacts(bundle, backends)
-    return _report(bundle, mode.name, [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices])
+    return _measured(bundle, mode.name, devices, _artifacts(bundle, backends), measure)
 
 
 def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps: Steps, backends: Sequence[str] | None = None) -> Report:
@@ -70,7 +82,7 @@ def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps
 
     Raises:
         UserError: no images, or class folders that are no class of the model; and as `benchmark_bundle`.
-        CheckFailed: as `benchmark_bundle`.
+        CheckFailed, Interrupted: as `benchmark_bundle`.
     """
     artifacts = _artifacts(bundle, backends)
     images = find_images(data, "evaluation")
@@ -83,15 +95,33 @@ def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps
             with steps.step(f"{site.device.name}: evaluate", len(cases) * len(pixels.kept)) as advance:
                 return _evaluate(bundle, site, cases, pixels, classes[pixels.kept], advance)
 
-        runs = [_run(device, artifacts, measure, alone=len(devices) == 1) for device in devices]
-    return _report(bundle, "evaluate", runs, pixels.skipped)
+        return _measured(bundle, "evaluate", devices, artifacts, measure, pixels.skipped)
 
 
-def _report(bundle: Bundle, mode: Any, runs: Sequence[Run], skipped: Sequence[str] = ()) -> Report:
-    return Report(
-        gcvit_edge=__version__, finished=datetime.now(UTC).isoformat(timespec="seconds"), model=bundle.info.name, mode=mode,
-        skipped_images=tuple(skipped), runs=tuple(runs),
-    )  # fmt: skip
+def _measured(
+    bundle: Bundle, mode: Any, devices: Sequence[Device], artifacts: list[Artifact], measure: _Measure, skipped: Sequence[str] = ()
+) -> Report:
+    """The report of all devices, one after the other.
+
+    Raises:
+        Interrupted: some were done before.
+    """
+    runs: list[Run] = []
+
+    def report() -> Report:
+        return Report(
+            gcvit_edge=__version__, finished=datetime.now(UTC).isoformat(timespec="seconds"), model=bundle.info.name, mode=mode,
+            skipped_images=tuple(skipped), runs=tuple(runs),
+        )  # fmt: skip
+
+    try:
+        for device in devices:
+            runs.append(_run(device, artifacts, measure, alone=len(devices) == 1))
+    except KeyboardInterrupt as interruption:
+        if not runs:
+            raise
+        raise Interrupted(report()) from interruption
+    return report()
 
 
 def _artifacts(bundle: Bundle, backends: Sequence[str] | None) -> list[Artifact]:
@@ -109,7 +139,7 @@ def _artifacts(bundle: Bundle, backends: Sequence[str] | None) -> list[Artifact]
     return artifacts
 
 
-def _run(device: Device, artifacts: list[Artifact], measure: Callable[[_Site, list[Case]], list[Result]], *, alone: bool) -> Run:
+def _run(device: Device, artifacts: list[Artifact], measure: _Measure, *, alone: bool) -> Run:
     """A device's part of the report; what fails goes into it instead of ending everything, unless it is `alone` and all of it fails."""
     target = load_target(device.target)
     emulated = not target.MEASURES_TIME

@@ -12,6 +12,7 @@ from tiny import EVALUATION_IMAGES, Tiny
 
 from gcvit_edge.bundle import open_bundle
 from gcvit_edge.cli import main
+from gcvit_edge.targets import local
 
 
 def test_verify(command: Command, bundle: Path) -> None:
@@ -166,6 +167,25 @@ def test_a_fast_wrong_answer_is_exit_5(command: Command, bundle: Path, tmp_path:
     assert results["float"]["parity"]["passed"]
     assert not results["int8"]["parity"]["passed"]
     assert results["int8"]["latency"]["p50_ms"] > 0
+
+
+def test_an_interruption_gives_what_was_done_before(
+    command: Command, bundle: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, connected = local.connect, iter([True, False])
+
+    def interrupted(address: str, options: object) -> object:
+        if next(connected):
+            return connect(address, options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "connect", interrupted)
+    (tmp_path / "devices.yaml").write_text("first: {target: local, threads: 1}\nsecond: {target: local, threads: 1}\n")
+    outcome = command("evaluate", bundle, "--data", tiny.evaluation, "--target", "first", "--target", "second", "--json")
+    assert outcome.code == 130
+    assert outcome.err.endswith("interrupted; the results are those of first, done before\n")
+    (run,) = outcome.json["runs"]
+    assert (run["device"], [result["precision"] for result in run["results"]]) == ("first", ["float", "int8"])
 
 
 @pytest.mark.parametrize("verb", ["benchmark", "evaluate", "profile"])

@@ -18,8 +18,9 @@ from gcvit_edge.cpus import default_threads
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.measurement.accuracy import Logits
 from gcvit_edge.measurement.devices import find_devices
-from gcvit_edge.measurement.measure import _references, benchmark_bundle, evaluate_bundle
+from gcvit_edge.measurement.measure import Interrupted, _references, benchmark_bundle, evaluate_bundle
 from gcvit_edge.progress import Steps
+from gcvit_edge.targets import local
 
 COMPARING = """
 from contextlib import contextmanager
@@ -111,3 +112,20 @@ def test_more_threads_than_cpus_are_refused(bundle: Bundle) -> None:
     message = f"local has {cpus} CPUs, fewer than the {cpus + 1} threads asked for"
     with pytest.raises(UserError, match=message):
         benchmark_bundle(bundle, find_devices(["local"], None, cpus + 1, {}), BRIEF, Steps())
+
+
+def test_an_interruption_leaves_what_was_done_before(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, connected = local.connect, iter([True, True, False, False])
+
+    def interrupted(address: str, options: Any) -> Any:
+        if next(connected):
+            return connect(address, options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "connect", interrupted)
+    with pytest.raises(Interrupted, match="interrupted; the results are those of local, local, done before") as ended:
+        benchmark_bundle(bundle, find_devices(["local"] * 3, None, 1, {}), BRIEF, Steps())
+    assert [len(run.results) for run in ended.value.report.runs] == [1, 1]
+    with pytest.raises(KeyboardInterrupt) as none_done:
+        benchmark_bundle(bundle, find_devices(["local"] * 3, None, 1, {}), BRIEF, Steps())
+    assert not isinstance(none_done.value, Interrupted)
