@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -163,16 +164,21 @@ def jetson(sys_folder: Path) -> Path:
 
 
 def test_sensors_of_a_jetson(pte_bundle: Bundle, sys_folder: Path, jetson: Path) -> None:
-    start = time.monotonic()
+    drawn = [(time.monotonic(), 15)]
 
-    def draw() -> None:  # 5 and 15 W in turns of 50 ms
-        write(jetson / "curr1_input", "1000" if int((time.monotonic() - start) / 0.05) % 2 else "3000")
+    def draw() -> None:  # 5 and 15 W in turns of 50 ms, or of more where this thread has to wait
+        now = time.monotonic()
+        watts = 5 if int((now - drawn[0][0]) / 0.05) % 2 else 15
+        write(jetson / "curr1_input", str(200 * watts))
+        drawn.append((now, watts))
 
     with every(0.002, draw):
         seconds, joules = run(pte_bundle, sys_folder, 1.0)
     assert set(joules) == {"VDD_IN", "VDD_CPU_GPU_CV"}
     assert joules["VDD_CPU_GPU_CV"] / seconds == pytest.approx(2, rel=0.02)
-    assert MIN_WATTS * 10 < joules["VDD_IN"] / seconds < MAX_WATTS * 10
+    used = sum((after - now) * watts for (now, watts), (after, _) in pairwise(drawn))
+    mean = used / (drawn[-1][0] - drawn[0][0])
+    assert MIN_WATTS * mean < joules["VDD_IN"] / seconds < MAX_WATTS * mean
 
 
 def test_too_few_samples_are_left_out(pte_bundle: Bundle, sys_folder: Path, jetson: Path) -> None:
