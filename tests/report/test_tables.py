@@ -127,7 +127,11 @@ def test_columns_of_a_comparison_are_shown_where_there_is_one() -> None:
 
 
 def test_images_that_leave_open_whether_the_limit_is_kept() -> None:
-    artifacts = [{"backend": "onnx", "drop_ci95": [-3.7, 1.73]}, {"backend": "openvino", "drop_ci95": [-1, 0.5]}]
+    artifacts = [
+        {"backend": "onnx", "drop_points": -1, "drop_ci95": [-3.7, 1.73]},
+        {"backend": "openvino", "drop_points": -0.25, "drop_ci95": [-1, 0.5]},
+        {"backend": "executorch", "drop_points": 3.0, "drop_ci95": [2.1, 3.9]},  # over it, as the table says
+    ]
     (line,) = limit_warnings({"images": 100, "limits": {"max_drop": 0.5}, "artifacts": artifacts})
     assert line.startswith("warning: 100 images leave open whether the drop is within 0.5 points: its interval ends at +1.73 (onnx); ")
     assert limit_warnings({"images": 100, "limits": {"max_drop": 2.0}, "artifacts": artifacts}) == []
