@@ -50,7 +50,7 @@ def fastest_here() -> list[int]:
 
 def default_threads() -> int:
     """CPUs that this process may use, by its mask and by the quota of its container."""
-    allowed = _allowed()
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, ceil(cpu_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")) or allowed)))
 
 
@@ -62,14 +62,10 @@ def resolve_threads(threads: int | None) -> int:
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be at least 1, got {threads}")
-    if threads is not None and threads > (cpus := _allowed()):
+    cpus = default_threads()
+    if threads is not None and threads > cpus:
         raise UserError(f"threads must be at most the {cpus} CPUs that this process may use, got {threads}")
-    return threads or default_threads()
-
-
-def _allowed() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or cpus
 
 
 def cpu_quota(groups: Path, own: Path) -> float | None:

@@ -90,8 +90,8 @@ def test_a_system_without_control_groups(tmp_path: Path) -> None:
 
 def test_threads() -> None:
     assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
-    cpus = len(os.sched_getaffinity(0))
-    assert (resolve_threads(None), resolve_threads(1), resolve_threads(cpus)) == (default_threads(), 1, cpus)
+    cpus = default_threads()
+    assert (resolve_threads(None), resolve_threads(1), resolve_threads(cpus)) == (cpus, 1, cpus)
     with pytest.raises(UserError, match="threads must be at least 1, got 0"):
         resolve_threads(0)
     with pytest.raises(UserError, match=f"threads must be at most the {cpus} CPUs that this process may use, got {cpus + 1}"):

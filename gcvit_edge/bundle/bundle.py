@@ -138,6 +138,11 @@ class Bundle:
         """
         return self._tensor(golden_output(artifact))
 
+    @property
+    def has_golden_image(self) -> bool:
+        """Whether there is a picture to check preprocessing by; bundles from before there was one have none."""
+        return any(file.path == GOLDEN_IMAGE for file in self.manifest.files)
+
     def measured_db(self, artifact: Artifact) -> float | None:
         """SQNR of an artifact's logits against float's on the evaluation images, when it was made; None for float itself."""
         for result in self.manifest.results:
@@ -223,8 +228,8 @@ class Bundle:
             )
 
     def _verify_preprocessing(self) -> None:
-        if not any(file.path == GOLDEN_IMAGE for file in self.manifest.files):
-            return  # of a bundle from before there was one
+        if not self.has_golden_image:
+            return
         got, expected = read_image(self.root / GOLDEN_IMAGE, self.info.preprocessing), self._tensor(GOLDEN_PREPROCESSED)
         if got.shape != expected.shape:
             raise CheckFailed(f"{GOLDEN_PREPROCESSED} has shape {expected.shape}, expected {got.shape}; get the bundle again")

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
     bundle.verify_content()
     replays = bundle.replay()
     lines = [f"{len(bundle.manifest.files)} files have the hashes that bundle.json lists"]
-    if any(file.path == GOLDEN_IMAGE for file in bundle.manifest.files):  # which older bundles have not
+    if bundle.has_golden_image:
         lines.append(f"{GOLDEN_IMAGE} is preprocessed to {GOLDEN_PREPROCESSED} here too")
     for name, parity in replays.items():
         lines.append(f"{name}: golden output {'' if parity.passed else 'not '}reproduced, {parity.describe()}")

@@ -36,18 +36,10 @@ _QEMU = "qemu-aarch64"
 _SYSROOT = Path("/usr/aarch64-linux-gnu")  # where Debian's cross packages put ARM's libc and libstdc++
 
 
-@dataclass(frozen=True)
-class _Cpu:
-    """qemu: as its option -cpu has it. features: of `machine.INT8_FEATURES`, those that it has."""
-
-    qemu: str
-    features: tuple[str, ...]
-
-
-_CPUS = {
-    "cortex-a53": _Cpu("cortex-a53", ("asimd",)),
-    "cortex-a76": _Cpu("cortex-a76", ("asimd", "asimddp")),
-    "max": _Cpu("max", ("asimd", "asimddp", "i8mm")),
+_CPUS = {  # as QEMU's option -cpu has them: of `machine.INT8_FEATURES`, those that each has
+    "cortex-a53": ("asimd",),
+    "cortex-a76": ("asimd", "asimddp"),
+    "max": ("asimd", "asimddp", "i8mm"),
 }
 _SME = (7, 1)  # QEMU that brought it, and the property that switches it off
 
@@ -55,7 +47,7 @@ _SME = (7, 1)  # QEMU that brought it, and the property that switches it off
 def qemu_cpu(cpu: str, version: str) -> str:
     """A key of `_CPUS` as the option -cpu of this version of QEMU has it: with SME, QEMU 7.2 computes INT8 wrongly and says nothing."""
     has_sme = tuple(map(int, re.findall(r"\d+", version)[:2])) >= _SME
-    return f"{_CPUS[cpu].qemu},sme=off" if cpu == "max" and has_sme else _CPUS[cpu].qemu
+    return f"{cpu},sme=off" if cpu == "max" and has_sme else cpu
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Emulation(Connection):
         host = this_machine()
         changes = {
             "model": None, "soc": None, "cpu": f"{self._cpu} of QEMU {self._version}", "architecture": "aarch64",
-            "features": _CPUS[self._cpu].features, "governor": None, "max_mhz": None, "temperatures_c": {},
+            "features": _CPUS[self._cpu], "governor": None, "max_mhz": None, "temperatures_c": {},
         }  # fmt: skip
         return host.model_copy(update=changes)
 
