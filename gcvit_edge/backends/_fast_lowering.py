@@ -1,13 +1,11 @@
 """ExecuTorch's lowering to XNNPACK without what finds nothing to do, with the same file to the byte (tests/backends/test_executorch.py).
 
-Lowering traces the whole graph again for every pass, some 60 times. Most of them look for operators that GC ViT does not have; one
-decomposition is of operators that are gone by then, and another makes functional what the next one does too. Of XXT's INT8 graph, with
-`fast_export`, it is a third of the time that ExecuTorch takes (benchmarks/NOTES.md).
+Lowering traces the whole graph again for every pass, some 60 times. Most of them look for operators that GC ViT does not have. Of XXT's
+INT8 graph, with `fast_export`, it is a third of the time that ExecuTorch takes (benchmarks/NOTES.md).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 # for operators that the deploy form does not have; the first seven on the way to ExecuTorch's dialect, the others to XNNPACK or behind it
@@ -40,22 +38,13 @@ IDLE_PASSES = {
 def fast_lowering() -> Iterator[None]:
     """Inside, `to_edge_transform_and_lower` of a deploy form, and `to_executorch` of what it gives, skip these. It has to be told not to
     check operators on the way (`_check_ir_validity=False`): some that it would convert there and back stay what they are."""
-    from torch.export import ExportedProgram
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-    decompose, run_pass = ExportedProgram.run_decompositions, PassBase.__call__
+    run_pass = PassBase.__call__
 
     def run_unless_idle(self: PassBase, graph_module: GraphModule) -> PassResult | None:
         return PassResult(graph_module, False) if type(self).__name__ in IDLE_PASSES else run_pass(self, graph_module)
 
-    def decompose_if_there_is_something(self: ExportedProgram, table: Any = None, **kwargs: Any) -> ExportedProgram:
-        """The first of two, which is to make the program functional alone: the second does so too."""
-        there = any(node.op == "call_function" and node.target in table for node in self.graph.nodes) if table is not None else True
-        return decompose(self, table, **kwargs) if there else self
-
-    with (
-        patch.object(PassBase, "__call__", run_unless_idle),
-        patch.object(ExportedProgram, "run_decompositions", decompose_if_there_is_something),
-    ):
+    with patch.object(PassBase, "__call__", run_unless_idle):
         yield

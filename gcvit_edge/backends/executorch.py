@@ -34,6 +34,8 @@ PRECISIONS: frozenset[Precision] = frozenset({"int8", "w4a8"})
 ARTIFACT = "model.{precision}.pte"
 PACKAGES = ("executorch", "torch", "torchao")
 
+DECOMPOSED = ("conv2d", "reshape", "softmax.int", "to.dtype", "_unsafe_view")  # the rest is preserved, or there are none
+
 
 def form(operators: frozenset[Operator]) -> Form:
     """XNNPACK has no norms; products of rank 3, because others leave `expand` outside; 1x1 convolutions where feature maps are."""
@@ -55,7 +57,9 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ExportedProgram":
     """Exports for `to_edge_transform_and_lower`."""
     import torch
 
-    return torch.export.export(deployed, (example,))
+    from gcvit_edge.backends._decompositions import decompose
+
+    return decompose(torch.export.export(deployed, (example,)), DECOMPOSED)
 
 
 def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
@@ -67,10 +71,11 @@ def save(graph: "ExportedProgram", path: Path, info: "ModelInfo") -> list[Path]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+    from gcvit_edge.backends._decompositions import without_retrace
     from gcvit_edge.backends._fast_lowering import fast_lowering
     from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 
-    with fast_lowering(), folded_layouts():
+    with without_retrace(), fast_lowering(), folded_layouts():
         config = EdgeCompileConfig(_check_ir_validity=False)  # what is not valid shows below, and when the file is run
         partitioner = XnnpackPartitioner(configs=_partitioner_configs())
         edge = to_edge_transform_and_lower(copy.deepcopy(graph), partitioner=[partitioner], compile_config=config)

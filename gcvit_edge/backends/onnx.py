@@ -32,6 +32,7 @@ ARTIFACT = "model.{precision}.onnx"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")
 
 OPSET = 23  # the first with Attention and RMSNormalization
+DECOMPOSED = ("reshape", "to.dtype")  # the rest has a translation
 _INPUT, _OUTPUT = "image", "logits"
 
 
@@ -50,15 +51,17 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     """Exports with PyTorch's exporter; dynamic linears become what ONNX Runtime fuses into DynamicQuantizeMatMul."""
     import torch
 
+    from gcvit_edge.backends._decompositions import decompose, without_retrace
     from gcvit_edge.backends._onnx_cleanup import clean_up
     from gcvit_edge.backends._onnx_constants import fold_at_load
     from gcvit_edge.backends._onnx_norms import fuse_norms
     from gcvit_edge.backends._onnx_operators import pack_grouped_weights, translations
     from gcvit_edge.backends._onnx_position_bias import store_tables
 
-    with torch.no_grad():
+    captured = decompose(torch.export.export(deployed, (example,)), DECOMPOSED)
+    with torch.no_grad(), without_retrace():
         program = torch.onnx.export(
-            deployed, (example,), dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
+            captured, dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
             custom_translation_table=translations(), optimize=False,
         )  # fmt: skip
     if program is None:

@@ -31,6 +31,8 @@ PRECISIONS: frozenset[Precision] = frozenset({"int8", "int4", "fp16", "bf16"})
 ARTIFACT = "openvino/model.{precision}.xml"
 PACKAGES = ("openvino", "torch")
 
+DECOMPOSED = ("conv2d", "matmul", "max_pool2d", "reshape", "softmax.int", "to.dtype", "_unsafe_view")  # of the rest its frontend knows
+
 
 def form(operators: frozenset[Operator]) -> Form:
     """OpenVINO finds RMS norms and attention in plain operators, the latter where queries, keys and values are batched alike."""
@@ -50,15 +52,19 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "Model":
     import torch
     from openvino.frontend.pytorch import ConversionExtension
 
+    from gcvit_edge.backends._decompositions import decompose, without_retrace
+
     translations = {
         "quantize_per_tensor": _fake_quantize, "dequantize_per_tensor": _dequantize, "dequantize_per_channel": _dequantize,
         "dequantize_per_channel_group": _dequantize_groups,
     }  # fmt: skip
-    graph = openvino.convert_model(
-        torch.export.export(deployed, (example,)),
-        input=list(example.shape),  # else the shape is dynamic, and layouts are converted for nothing
-        extension=[ConversionExtension(f"quantized_decomposed.{name}.default", each) for name, each in translations.items()],
-    )
+    program = decompose(torch.export.export(deployed, (example,)), DECOMPOSED)
+    with without_retrace():
+        graph = openvino.convert_model(
+            program,
+            input=list(example.shape),  # else the shape is dynamic, and layouts are converted for nothing
+            extension=[ConversionExtension(f"quantized_decomposed.{name}.default", each) for name, each in translations.items()],
+        )
     graph.inputs[0].set_names({"image"})
     graph.outputs[0].set_names({"logits"})
     return graph

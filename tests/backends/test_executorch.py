@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gcvit_edge.backends import executorch as backend
+from gcvit_edge.backends._decompositions import without_retrace
 from gcvit_edge.backends._fast_export import fast_export
 from gcvit_edge.backends._xnnpack_layouts import folded_layouts
 from gcvit_edge.errors import CheckFailed, UserError
@@ -90,7 +91,7 @@ def small(request: pytest.FixtureRequest) -> Lowered:
 
 
 def test_fast_lowering_gives_the_same_file(small: Lowered) -> None:
-    with folded_layouts():
+    with without_retrace(), folded_layouts():
         assert small.file.read_bytes() == lowered_plainly(small.graph)
 
 
