@@ -163,6 +163,7 @@ def test_again_it_measures_nothing_and_says_the_same(
     assert again["activations"] == analysis[1]["activations"]
 
 
+@pytest.mark.slow
 def test_of_a_bundle(
     ruined: Tiny, auto: Bundle, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_nothing_stays_float_where_plain_int8_is_within_the_limit(tmp_path: Path
     assert "so no layer stays float" in captured.out.replace("\n", " ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_the_safe_choice_is_taken_if_it_is_faster(ruined: Tiny, auto: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with layers that are cheap in INT8 only together with their neighbours."""

@@ -102,12 +102,19 @@ def _percentile(histogram: Histogram, low: float, high: float) -> tuple[float, f
 
 
 def _least_error(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+    """Each end is searched for itself, in turn: outliers are often on one side, and most values of GELU at the other."""
     values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
 
-    def error(ends: tuple[float, float]) -> float:
-        return float(histogram @ np.square(_rounded(values, *ends) - values))
+    def least(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> int:
+        squares = np.square(_rounded(values, lows[:, None], highs[:, None]) - values)
+        return int(np.argmin([histogram @ each for each in squares]))  # of equals the first, which is the widest
 
-    return _searched(error, low, high)
+    lows, highs = low * _PARTS, high * _PARTS
+    first, last = 0, 0
+    for _ in range(2):
+        last = least(lows[first : first + 1], highs)
+        first = least(lows, highs[last : last + 1])
+    return float(lows[first]), float(highs[last])
 
 
 def _least_divergence(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
@@ -132,17 +139,9 @@ def _least_divergence(histogram: Histogram, low: float, high: float) -> tuple[fl
     return min((ends for ends in map(narrowed, _COMMON_PARTS) if ((values >= ends[0]) & (values <= ends[1])).any()), key=divergence)
 
 
-def _searched(cost: Callable[[tuple[float, float]], float], low: float, high: float) -> tuple[float, float]:
-    """The ends of least cost, each searched for itself, in turn: outliers are often on one side, and most values of GELU at the other."""
-    ends = (low, high)
-    for _ in range(2):
-        ends = min(((ends[0], float(high * part)) for part in _PARTS), key=cost)  # of equals, the widest
-        ends = min(((float(low * part), ends[1]) for part in _PARTS), key=cost)
-    return ends
-
-
-def _rounded(values: Histogram, low: float, high: float) -> Histogram:
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / (_LEVELS - 1), 1e-12)
-    zero = np.round(-low / scale)
-    return (np.clip(np.round(values / scale) + zero, 0, _LEVELS - 1) - zero) * scale
+def _rounded(values: Histogram, low: float | NDArray[np.float64], high: float | NDArray[np.float64]) -> Histogram:
+    """Values (N,) in integers and back; of several ranges, whose ends are (M, 1) or (1, 1), each (M, N)."""
+    low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
+    scale = np.maximum((high - low) / (_LEVELS - 1), 1e-12)
+    zero = np.rint(-low / scale)
+    return (np.clip(np.rint(values / scale) + zero, 0, _LEVELS - 1) - zero) * scale

@@ -1,7 +1,7 @@
 """One contract that every backend passes; a new backend is tested here unasked."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,14 @@ class Small:
     recipe: Recipe
     calibrated: Calibrated
     expected: np.ndarray
+    others: dict[str, tuple[Recipe, Calibrated]] = field(default_factory=dict)
+
+    def nearest(self, precision: str) -> tuple[Recipe, Calibrated]:
+        """In another precision, with weights rounded to the nearest: once for all backends."""
+        if precision not in self.others:
+            recipe = self.recipe.model_copy(update={"precision": precision, "rounding": "nearest"})
+            self.others[precision] = recipe, calibrate(self.model, recipe, lambda: iter(IMAGES))
+        return self.others[precision]
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +134,10 @@ def test_recipe_decides_what_is_quantized(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "int4", "fp16", "bf16"])
-def test_other_precisions(made: Made, precision: str, tmp_path: Path) -> None:
+def test_other_precisions(made: Made, small: Small, precision: str, tmp_path: Path) -> None:
     if precision not in made.backend.PRECISIONS:
         pytest.skip(f"{made.int8.backend} cannot make {precision}")
-    recipe = made.recipe.model_copy(update={"precision": precision, "rounding": "nearest"})
-    calibrated = calibrate(made.model, recipe, lambda: iter(IMAGES))
+    recipe, calibrated = small.nearest(precision)
     artifact = lower_quantized(made.float.backend, calibrated, made.info, recipe, tmp_path)
     assert artifact.path.name.startswith(f"model.{precision}.")
     noise = sqnr_db(made.run(artifact), made.expected)

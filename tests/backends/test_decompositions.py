@@ -19,13 +19,13 @@ from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.recipe import parse_recipe, recipe_text
 
 CASES = [
-    *(pytest.param(backend, "int8_ptq_full") for backend in ("onnx", "openvino", "executorch")),
+    *((backend, "float") for backend in ("onnx", "openvino", "executorch")),
     *(
         pytest.param(backend, recipe, marks=pytest.mark.slow)
         for backend, recipes in {
-            "onnx": ("float", "int8_ptq", "int4_weights", "w4a8_ptq", "bf16"),
-            "openvino": ("float", "int8_ptq", "int8_ptq_avx2", "int4_weights", "fp16"),
-            "executorch": ("float", "int8_ptq", "w4a8_ptq"),
+            "onnx": ("int8_ptq_full", "int4_weights", "bf16"),
+            "openvino": ("int8_ptq_full", "int8_ptq_avx2", "int4_weights", "fp16"),
+            "executorch": ("int8_ptq", "int8_ptq_full", "w4a8_ptq"),
         }.items()
         for recipe in recipes
     ),
@@ -50,7 +50,6 @@ def nodes(program: ExportedProgram) -> list[str]:
     return [*sorted(weights), *(node for node in found if node not in weights), *outputs]
 
 
-@pytest.mark.usefixtures("artifacts_anew")
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_they_give_what_a_retrace_gives(
     name: str, recipe: str, make_model: Callable[..., GCViT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,7 @@ def small(request: pytest.FixtureRequest) -> Lowered:
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.slow
 def test_fast_lowering_gives_the_same_file(small: Lowered) -> None:
     with without_retrace(), folded_layouts():
         assert small.file.read_bytes() == lowered_plainly(small.graph)

@@ -57,7 +57,7 @@ def test_other_constants_have_no_window() -> None:
     assert window_of(np.random.default_rng(0).standard_normal((1, 2, 9, 9))) is None
 
 
-@pytest.mark.parametrize("recipe", [None, "int8_ptq_full", "fp16"])
+@pytest.mark.parametrize("recipe", [None, pytest.param("int8_ptq_full", marks=pytest.mark.slow), "fp16"])
 def test_the_same_logits_of_smaller_files(recipe: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     network = written(recipe)
     with_tables = captured(network)

@@ -77,6 +77,7 @@ def test_products_are_exact(tmp_path: Path) -> None:
     assert min(found.values()) > 60, found
 
 
+@pytest.mark.slow
 def test_they_would_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should runtimes no longer need it, the bound can go."""
     monkeypatch.setattr(IntegerWeight, "PAIR", 10**6)

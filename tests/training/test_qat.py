@@ -100,6 +100,7 @@ def test_the_loss_falls_and_the_result_is_nearer_to_float(
     assert report["seconds"] == pytest.approx(sum(epoch["seconds"] for epoch in report["epochs"]), abs=0.1)
 
 
+@pytest.mark.slow
 def test_ranges_alone_learn_too(tune: Tune, calibrated: Calibrated, model: GCViT, colours: LabelledImages) -> None:
     result, _ = tune(epochs=8, learning_rate=1e-30, range_learning_rate=0.1, ema_decay=0.9)
     for name, value in calibrated.network.state_dict().items():
@@ -108,6 +109,7 @@ def test_ranges_alone_learn_too(tune: Tune, calibrated: Calibrated, model: GCViT
     assert noise(result, model, images) > noise(calibrated, model, images) + 3
 
 
+@pytest.mark.slow
 def test_weights_alone_learn_too(tune: Tune, calibrated: Calibrated) -> None:
     result, _ = tune(learning_rate=1e-3, range_learning_rate=1e-30)
     assert all(result.ranges[place] == pytest.approx((min(low, 0), max(high, 0)), rel=1e-6)

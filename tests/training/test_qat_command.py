@@ -77,6 +77,7 @@ def test_the_bundle_and_its_report(made: tuple[Bundle, dict[str, Any]], tiny: Ti
     assert all(parity.passed for parity in bundle.verify().values())
 
 
+@pytest.mark.slow  # training/test_job.py has two of float
 def test_two_processes_give_what_one_gives(made: tuple[Bundle, dict[str, Any]], tiny: Tiny, tmp_path: Path) -> None:
     report = command(tiny, tmp_path / "two", launcher(2))  # of one process alone
     assert report["training"]["processes"] == 2
