@@ -1,12 +1,13 @@
 """Operators of a captured network as an exporter wants them, in one pass over its graph.
 
-Exporters get there by `ExportedProgram.run_decompositions`, which traces the whole network once more: a third to half of an export's time
+Exporters get there by `ExportedProgram.run_decompositions`, which traces the whole network once more: a quarter to half of an export's time
 (benchmarks/NOTES.md). Of the deploy form it changes a few operators, to which these rules do the same, node by node
 (tests/backends/test_decompositions.py); it has nothing else to do, such as to replace operators that work in place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-Call = Callable[..., "Node"]  # of an operator, with its arguments
+Call = Callable[..., "Node"]  # adds an operator with its arguments to the graph
 
 
 def decompose(program: "ExportedProgram", names: Sequence[str]) -> "ExportedProgram":
@@ -32,23 +33,21 @@ def decompose(program: "ExportedProgram", names: Sequence[str]) -> "ExportedProg
     operators = {_operator(name): RULES[name] for name in names}
     made: dict[Node, Node] = {}
 
+    def emit(place: "Node", target: Any, *args: Any, **kwargs: Any) -> "Node":
+        if target in operators:
+            return operators[target](partial(emit, place), *args, **kwargs)
+        name = getattr(target, "overloadpacket", target).__name__
+        new = after.create_node("call_function", target, args, kwargs, after._target_to_str(name))
+        inputs, options = map_arg((args, kwargs), lambda each: each.meta["val"])
+        new.meta = {**place.meta, "val": place.meta["val"] if target == place.target else target(*inputs, **options)}
+        return new
+
     for node in before.nodes:
-        if node.op != "call_function":
+        if node.op == "call_function":
+            args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
+            made[node] = emit(node, node.target, *args, **kwargs)
+        else:
             made[node] = after.node_copy(node, made.__getitem__)
-            continue
-
-        def call(target: Any, *args: Any, replaced: "Node" = node, **kwargs: Any) -> "Node":
-            if target in operators:
-                return operators[target](call, *args, **kwargs)
-            name = getattr(target, "overloadpacket", target).__name__
-            new = after.create_node("call_function", target, args, kwargs, after._target_to_str(name))
-            inputs, options = map_arg((args, kwargs), lambda each: each.meta["val"])
-            new.meta = {**replaced.meta, "val": replaced.meta["val"] if target == replaced.target else target(*inputs, **options)}
-            return new
-
-        args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
-        made[node] = call(node.target, *args, **kwargs)
-
     names_after = {node.name: new.name for node, new in made.items()}
     for output in program.graph_signature.output_specs:
         output.arg.name = names_after[output.arg.name]
