@@ -108,9 +108,7 @@ def plan(
     check_takes_rgb(network.config)
     check_depth(calibration, info.labels)  # else its images would not be spread over the classes
     if eval_images is not None:
-        if eval_images < 1:
-            raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {eval}")
-        evaluation = evaluation.select(eval_images, parsed.calibration.seed)
+        evaluation = evaluation.some(eval_images, parsed.calibration.seed)
     classes = class_indices(evaluation, info.labels)
     if len(classes) < (needed := images_to_judge(network.config.num_classes)):
         raise UserError(

@@ -51,6 +51,16 @@ class ImageFolder:
         ranked = (index for rank in zip_longest(*queues) for index in rank if index is not None)
         return self.take(islice(ranked, count))
 
+    def some(self, eval_images: int, seed: int) -> "ImageFolder":
+        """As many of its images as a user asks for, as `select` chooses them.
+
+        Raises:
+            UserError: that is none.
+        """
+        if eval_images < 1:
+            raise UserError(f"eval_images must be at least 1, got {eval_images}; leave it out to take all of {self.root}")
+        return self.select(eval_images, seed)
+
     def without(self, others: "ImageFolder") -> "ImageFolder":
         """Those of its images that are not among `others`, of the same root."""
         dropped = set(others.files)

@@ -77,8 +77,17 @@ def benchmark_bundle(bundle: Bundle, devices: Sequence[Device], mode: Mode, step
     return _measured(bundle, mode.name, devices, _artifacts(bundle, backends), measure)
 
 
-def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps: Steps, backends: Sequence[str] | None = None) -> Report:
+def evaluate_bundle(
+    bundle: Bundle,
+    devices: Sequence[Device],
+    data: Path,
+    steps: Steps,
+    backends: Sequence[str] | None = None,
+    eval_images: int | None = None,
+) -> Report:
     """Top-1 and top-5 of every artifact on the images of `data`, on every device; against float, where the bundle has it.
+
+    eval_images: how many of them, spread evenly over the classes; by default all.
 
     Raises:
         UserError: no images, or class folders that are no class of the model; and as `benchmark_bundle`.
@@ -87,6 +96,9 @@ def evaluate_bundle(bundle: Bundle, devices: Sequence[Device], data: Path, steps
     artifacts = _artifacts(bundle, backends)
     images = find_images(data, "evaluation")
     classes = class_indices(images, bundle.info.labels)
+    if eval_images is not None:
+        images = images.some(eval_images, seed=0)  # as recipes have it: the images that `quantize` takes
+        classes = class_indices(images, bundle.info.labels)
     with tempfile.TemporaryDirectory(prefix="gcvit-edge-") as folder:
         with steps.step("read images", len(images.files)) as advance:
             pixels = decode_images(images, bundle.info.preprocessing, Path(folder) / "pixels.npy", advance)

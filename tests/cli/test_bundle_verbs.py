@@ -12,6 +12,7 @@ from tiny import EVALUATION_IMAGES, Tiny
 
 from gcvit_edge.bundle import open_bundle
 from gcvit_edge.cli import main
+from gcvit_edge.data import find_images
 from gcvit_edge.targets import local
 
 
@@ -103,6 +104,18 @@ def test_evaluate(command: Command, bundle: Path, tiny: Tiny) -> None:
     assert all(result["parity"]["passed"] for result in run["results"])
     shown = command("evaluate", bundle, "--data", tiny.evaluation, "--backend", "onnx").out
     assert "40 images" in shown
+
+
+def test_evaluate_some_images(command: Command, bundle: Path, tiny: Tiny) -> None:
+    chosen = find_images(tiny.evaluation, "evaluation").select(6, seed=0)
+    assert len(set(chosen.classes)) == 4
+    answers = open_bundle(bundle).predict([tiny.evaluation / file for file in chosen.files], top=1)
+    right = [answer[0][0] == label for answer, label in zip(answers, chosen.classes, strict=True)]
+    outcome = command("evaluate", bundle, "--data", tiny.evaluation, "--eval-images", 6, "--json")
+    (accuracy,) = (result["accuracy"] for result in outcome.json["runs"][0]["results"] if result["precision"] == "int8")
+    assert accuracy["images"] == 6
+    assert accuracy["top1"] == pytest.approx(sum(right) / 6)
+    assert "eval_images must be at least 1, got 0" in command.refuses("evaluate", bundle, "--data", tiny.evaluation, "--eval-images", 0)
 
 
 def test_evaluate_skips_and_names_an_unreadable_image(command: Command, bundle: Path, tiny: Tiny, tmp_path: Path) -> None:
