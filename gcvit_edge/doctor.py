@@ -1,11 +1,13 @@
 """What is installed, and what works on this machine."""
 
 import tempfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gcvit_edge.backends import backend_names, load_backend, package_version
 from gcvit_edge.cpus import default_threads
@@ -13,8 +15,12 @@ from gcvit_edge.lower import lower_quantized
 from gcvit_edge.measurement.accuracy import sqnr_db
 from gcvit_edge.measurement.machine import cpu_name, int8_features, without_int8_products
 from gcvit_edge.progress import Steps
-from gcvit_edge.recipe import parse_recipe, recipe_text
+from gcvit_edge.recipe import Recipe, parse_recipe, recipe_text
 from gcvit_edge.targets import load_target, target_names
+
+if TYPE_CHECKING:
+    from gcvit_edge.model.gcvit import GCViT
+    from gcvit_edge.quantization.calibrate import Calibrated
 
 PACKAGES = ("torch", "torchao", "executorch", "openvino", "nncf", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -49,25 +55,34 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
+def _small() -> "tuple[GCViT, Calibrated, Recipe, NDArray[np.float32]]":
+    """A tiny GC ViT, calibrated by a recipe, and an image of it."""
+    import torch
+
+    from gcvit_edge.model.create import create_model
+    from gcvit_edge.quantization.calibrate import calibrate
+
+    torch.manual_seed(0)
+    model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
+    images = list(np.random.default_rng(0).standard_normal((8, 1, 3, 32, 32), np.float32))
+    recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
+    return model, calibrate(model, recipe, lambda: iter(images)), recipe, images[0]
+
+
 def _try(name: str) -> str:
-    """Makes, quantizes and runs a tiny GC ViT; whatever goes wrong is the answer, not an error."""
+    """Makes its INT8 artifact and runs it; whatever goes wrong is the answer, not an error."""
     try:
         import torch
 
-        from gcvit_edge.model.create import create_model, describe_model
-        from gcvit_edge.quantization.calibrate import calibrate
+        from gcvit_edge.model.create import describe_model
 
-        torch.manual_seed(0)
-        model = create_model(dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=8, img_size=32, window_size=(1, 1, 2, 1))
-        info = describe_model(model)
-        images = list(np.random.default_rng(0).standard_normal((8, 1, 3, 32, 32), np.float32))
-        recipe = parse_recipe(recipe_text("int8_ptq"), "int8_ptq")
-        calibrated = calibrate(model, recipe, lambda: iter(images))
+        model, calibrated, recipe, image = _small()
         with tempfile.TemporaryDirectory() as folder:
-            artifact = lower_quantized(name, calibrated, info, recipe, Path(folder))
-            got = load_backend(name).load(artifact.path, 1)(images[0])
+            artifact = lower_quantized(name, calibrated, describe_model(model), recipe, Path(folder))
+            got = load_backend(name).load(artifact.path, 1)(image)
         with torch.no_grad():
-            parity = sqnr_db(got, model(torch.from_numpy(images[0])).numpy())
+            parity = sqnr_db(got, model(torch.from_numpy(image)).numpy())
         return f"works ({parity:.0f} dB on a small INT8 model)" if parity > 15 else f"fails: wrong answers, {parity:.0f} dB"
     except Exception as error:  # a doctor reports what is broken, whatever it is
         return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 HELP = """what is installed, what works on this machine, and the CPU features that fast INT8 needs
 
-Every runtime makes a small float model, quantizes it and runs it.
+Of a small model, quantized once, every runtime's artifact is made and run: half a minute to a minute; --quick only looks.
 
   gcvit-edge doctor
 """
