@@ -38,8 +38,9 @@ IDLE_PASSES = {
 
 @contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Inside, `to_edge_transform_and_lower` of a deploy form, and `to_executorch` of what it gives, skip these. It has to be told not to
-    check operators on the way (`_check_ir_validity=False`): some that it would convert there and back stay what they are."""
+    """Inside, `to_edge_transform_and_lower` of a deploy form, and `to_executorch` of what it gives, skip these, and rename operators
+    without a trace. It has to be told not to check operators on the way (`_check_ir_validity=False`): some that it would convert there and
+    back stay what they are."""
     from executorch.exir.passes.replace_aten_with_edge_pass import aten_to_edge, should_lower_to_edge
     from torch._export.passes.replace_view_ops_with_view_copy_ops_pass import get_view_copy_of_view_op
     from torch._ops import OpOverload
@@ -53,7 +54,7 @@ def fast_lowering() -> Iterator[None]:
     }
     run_pass = PassBase.__call__
 
-    def run_unless_idle(self: PassBase, graph_module: GraphModule) -> PassResult | None:
+    def run_briefly(self: PassBase, graph_module: GraphModule) -> PassResult | None:
         name = type(self).__name__
         if name in renames:
             for node in graph_module.graph.nodes:
@@ -63,5 +64,5 @@ def fast_lowering() -> Iterator[None]:
             return PassResult(graph_module, True)
         return PassResult(graph_module, False) if name in IDLE_PASSES else run_pass(self, graph_module)
 
-    with patch.object(PassBase, "__call__", run_unless_idle):
+    with patch.object(PassBase, "__call__", run_briefly):
         yield

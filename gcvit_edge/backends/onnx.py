@@ -32,7 +32,7 @@ ARTIFACT = "model.{precision}.onnx"
 PACKAGES = ("onnxruntime", "onnx", "onnxscript", "torch")
 
 OPSET = 23  # the first with Attention and RMSNormalization
-DECOMPOSED = ("reshape", "to.dtype")  # the rest has a translation
+DECOMPOSED = ("reshape", "to.dtype")  # as PyTorch would; without the second there is no translation
 _INPUT, _OUTPUT = "image", "logits"
 
 

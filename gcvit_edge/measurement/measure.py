@@ -95,7 +95,7 @@ def evaluate_bundle(
     """
     artifacts = _artifacts(bundle, backends)
     images = find_images(data, "evaluation")
-    classes = class_indices(images, bundle.info.labels)
+    classes = class_indices(images, bundle.info.labels)  # of all, to refuse a folder of which none would be chosen
     if eval_images is not None:
         images = images.some(eval_images, seed=0)  # as recipes have it: the images that `quantize` takes
         classes = class_indices(images, bundle.info.labels)
