@@ -1,14 +1,23 @@
 """ExecuTorch's lowering to XNNPACK without what finds nothing to do, with the same file to the byte (tests/backends/test_executorch.py).
 
-Lowering traces the whole graph again for every pass, some 60 times. Most of them look for operators that GC ViT does not have, and two
-only give operators other names. Of XXT's INT8 graph, with `fast_export`, it is a third of the time that ExecuTorch takes
-(benchmarks/NOTES.md).
+- It traces the whole graph again for every pass, some 60 times. Most of them look for operators that GC ViT does not have, and two only
+  give operators other names.
+- Whether an operator is a weight it looks up in a table of all weights that it makes anew for each question.
+- How large the answer of the delegate is it learns by running the network that was lowered.
+- What types a record's fields have it reads from their source, for each record that it writes.
+
+What each takes is in benchmarks/NOTES.md.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from torch.export import ExportGraphSignature
 
 # for operators that the deploy form does not have; the first seven on the way to ExecuTorch's dialect, the others to XNNPACK or behind it
 IDLE_PASSES = {
@@ -34,19 +43,26 @@ IDLE_PASSES = {
     "RemoveGetItemPass",
     "RemoveRedundantCopyPass",
 }
+WEIGHTS = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants", "non_persistent_buffers")
 
 
 @contextmanager
 def fast_lowering() -> Iterator[None]:
-    """Inside, `to_edge_transform_and_lower` of a deploy form, and `to_executorch` of what it gives, skip these, and rename operators
-    without a trace. It has to be told not to check operators on the way (`_check_ir_validity=False`): some that it would convert there and
-    back stay what they are."""
+    """Inside, `to_edge_transform_and_lower` of a deploy form, and `to_executorch` of what it gives, do without.
+
+    The first has to be told not to check operators on the way (`_check_ir_validity=False`): some that it would convert there and back stay
+    what they are.
+    """
+    import torch
+    from executorch.exir._serialize import _dataclass as records
     from executorch.exir.passes.replace_aten_with_edge_pass import aten_to_edge, should_lower_to_edge
     from torch._export.passes.replace_view_ops_with_view_copy_ops_pass import get_view_copy_of_view_op
     from torch._ops import OpOverload
+    from torch.export import ExportGraphSignature
     from torch.fx import GraphModule
     from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+    delegates = import_module("torch._higher_order_ops.executorch_call_delegate")  # whose package has the operator by this name
     renames: dict[str, Callable[[OpOverload], Any]] = {
         # strides are those of copies after the next pass, which traces
         "ReplaceViewOpsWithViewCopyOpsPass": lambda op: get_view_copy_of_view_op(op._schema) or op,
@@ -64,5 +80,28 @@ def fast_lowering() -> Iterator[None]:
             return PassResult(graph_module, True)
         return PassResult(graph_module, False) if name in IDLE_PASSES else run_pass(self, graph_module)
 
-    with patch.object(PassBase, "__call__", run_briefly):
+    def empty_outputs(lowered: Any, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        values = [output.meta["val"] for output in lowered.original_module.graph.output_node().args[0]]
+        return [torch.empty(value.shape, dtype=value.dtype) for value in values]
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(PassBase, "__call__", run_briefly))
+        stack.enter_context(patch.object(delegates, "call_delegate_cpu", empty_outputs))
+        stack.enter_context(patch.object(records, "get_type_hints", cache(records.get_type_hints)))
+        for table in WEIGHTS:
+            stack.enter_context(patch.object(ExportGraphSignature, table, _made_once(getattr(ExportGraphSignature, table))))
         yield
+
+
+def _made_once(table: property) -> property:
+    """For as long as a signature has the same inputs."""
+    get, made = cast(Callable[..., Any], table.fget), {}  # by `id`: signatures have no hash
+
+    def made_once(signature: "ExportGraphSignature") -> Any:
+        inputs = [(spec.arg.name, spec.target) for spec in signature.input_specs]  # which exporters change in place
+        *_, known, answer = made.get(id(signature), (None, None))
+        if known != inputs:
+            *_, answer = made[id(signature)] = signature, inputs, get(signature)
+        return answer
+
+    return property(made_once)

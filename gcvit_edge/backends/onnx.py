@@ -52,6 +52,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     import torch
 
     from gcvit_edge.backends._decompositions import decompose, without_retrace
+    from gcvit_edge.backends._fast_translation import fast_translation
     from gcvit_edge.backends._onnx_cleanup import clean_up
     from gcvit_edge.backends._onnx_constants import fold_at_load
     from gcvit_edge.backends._onnx_norms import fuse_norms
@@ -59,7 +60,7 @@ def capture(deployed: "nn.Module", example: "Tensor") -> "ModelProto":
     from gcvit_edge.backends._onnx_position_bias import store_tables
 
     captured = decompose(torch.export.export(deployed, (example,)), DECOMPOSED)
-    with torch.no_grad(), without_retrace():
+    with torch.no_grad(), without_retrace(), fast_translation():
         program = torch.onnx.export(
             captured, dynamo=True, opset_version=OPSET, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False,
             custom_translation_table=translations(), optimize=False,
