@@ -42,7 +42,7 @@ def nothing() -> None:
     pass
 
 
-@pytest.mark.parametrize("backend", ["onnx", "executorch"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_alone_and_without_are_what_quantizing_so_gives(calibrated: Calibrated, backend: str, tmp_path: Path) -> None:
     network, quantized = written(backend, calibrated, recipe()), simulate(backend, calibrated, recipe())
     names = rounded_layers(network, quantized)

@@ -155,7 +155,7 @@ def test_ranges_have_their_own_learning_rate(calibrated: Calibrated) -> None:
     assert all("lr" not in group for group in found[:-1])
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_to_the_bit(tune: Tune, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gcvit_edge.training.loop.SAVE_SECONDS", 0)  # every step
     whole, report = tune("whole", precision=precision)
