@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--batch-size", type=int, metavar="N", help="images of an optimizer step, over all processes (32)")
     run.add_argument("--micro-batch", type=int, metavar="N", help="images of a forward pass (default: the batch of a process)")
     run.add_argument("--lr", type=float, metavar="X", help="peak learning rate (2e-4)")
-    run.add_argument("--precision", choices=("float32", "bfloat16"), help="of the products of the forward pass (float32)")
+    run.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "auto"),
+        help="of the forward pass's products (float32); auto: bfloat16 where the device has it",
+    )
     run.add_argument("--seed", type=int, metavar="N", help="of order, augmentation and a new head (0)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     run.add_argument("--resume", action="store_true", help="continue an interrupted run")

@@ -8,6 +8,8 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -162,6 +164,13 @@ def this_machine() -> Machine:
 def cpu_name() -> str:
     """The name of this machine's CPU for a reader."""
     return this_machine().cpu
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has instructions for products in bfloat16 (AVX512-BF16, AMX, ARM's BF16); False where the system does not say."""
+    with suppress(OSError):
+        return bool(_flags(cpuinfo.read_text()) & {"avx512_bf16", "amx_bf16", "bf16"})
+    return False
 
 
 def int8_features() -> list[tuple[str, str, bool]]:

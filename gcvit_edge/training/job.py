@@ -26,8 +26,9 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import ModelInfo, Origin, config_dict
 from gcvit_edge.model.variants import GCViTConfig, check_takes_rgb, variant_config
 from gcvit_edge.progress import Steps
+from gcvit_edge.training.devices import device_name, make_accelerator, with_precision
 from gcvit_edge.training.images import LabelledImages, readable
-from gcvit_edge.training.loop import device_name, fit, make_accelerator, weights_digest
+from gcvit_edge.training.loop import fit, weights_digest
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
 
@@ -110,6 +111,7 @@ def plan_training(
         raise UserError(f"the preprocessing makes {preprocessing.size} images, the model takes {config.img_size}; make the two agree")
     evaluated = None if evaluation is None else LabelledImages(evaluation, class_indices(evaluation, labels), preprocessing)
     accelerator = make_accelerator(device)
+    settings = with_precision(settings, accelerator)
     micro_batches(settings, accelerator.num_processes)
     torch.manual_seed(settings.seed)
     network = GCViT(config)

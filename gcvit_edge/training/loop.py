@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from gcvit_edge.cpus import default_threads
 from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.measurement.machine import cpu_name
 from gcvit_edge.progress import Bar, Steps
 from gcvit_edge.training.images import LabelledImages, Samples, derived_seed, epoch_order, loader
 from gcvit_edge.training.optimization import Groups, average, learning_rate_factor, objective, parameter_groups
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 60  # between two saved states within an epoch
 _REPORT_STEPS = 5  # reading the loss makes a GPU wait
 _EVALUATION_BATCH = 32
-_WAIT = timedelta(hours=24)  # for another process, while the main one reads every image, alone; NCCL's 10 minutes are soon over
 _MAX_WORKERS = 8  # processes that decode images for a GPU
 
 
@@ -49,39 +46,6 @@ class Epoch:
     accuracy: float
     evaluation: float | None
     seconds: float
-
-
-def make_accelerator(device: str) -> "Accelerator":
-    """The processes of this run (one, or those of `accelerate launch`), on "cpu", "cuda", or "auto": CUDA if there is any.
-
-    Raises:
-        UserError: no CUDA device, Accelerate is not installed, it computes elsewhere (its configuration says so, or an earlier run of
-            this Python process did), or it would share out the network.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; check the driver and the PyTorch build, or use --device cpu")
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-    except ModuleNotFoundError as error:
-        raise UserError(f"training needs the package {error.name!r}, which is not installed: pip install {error.name}") from error
-    # short networks have weights that no output depends on, such as the global query of a stage without a global block
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True), InitProcessGroupKwargs(timeout=_WAIT)]
-    try:
-        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
-    except ValueError as error:
-        raise UserError(f"--device {device}: {error}") from error
-    if device not in ("auto", accelerator.device.type):
-        raise UserError(
-            f"--device {device}, but Accelerate computes on {accelerator.device}: its configuration, ACCELERATE_USE_CPU or an earlier run "
-            "of this Python process says so; change that, or start a new process"
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(
-            f"Accelerate is configured for {accelerator.distributed_type.value}, and this network fits a GPU as it is; give accelerate "
-            "launch --multi_gpu"
-        )
-    return accelerator
 
 
 @dataclass
@@ -127,11 +91,6 @@ class _Run:
 
 
 _PARTS = ("model", "average", "optimizer", "schedule")
-
-
-def device_name(accelerator: "Accelerator") -> str:
-    """What a process of the run computes on."""
-    return cpu_name() if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device)
 
 
 def fit(

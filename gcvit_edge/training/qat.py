@@ -21,8 +21,9 @@ from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.learned import Range, learnable, learned
 from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Recipe
+from gcvit_edge.training.devices import device_name, make_accelerator, with_precision
 from gcvit_edge.training.images import LabelledImages, readable
-from gcvit_edge.training.loop import device_name, fit, make_accelerator, weights_digest
+from gcvit_edge.training.loop import fit, weights_digest
 from gcvit_edge.training.optimization import Groups, parameter_groups
 from gcvit_edge.training.settings import QatSettings, micro_batches, steps_per_epoch
 from gcvit_edge.training.state import check_state, state_beside
@@ -78,6 +79,7 @@ def plan_fine_tuning(
     data = LabelledImages(images, class_indices(images, labels), preprocessing)
     steps_per_epoch(len(data), settings)
     accelerator = make_accelerator(device)
+    settings = with_precision(settings, accelerator)
     micro_batches(settings, accelerator.num_processes)
     calibrated_on = digest(sorted(calibration.listing()))
     decided_by = recipe.model_dump(mode="json", include=_CALIBRATION) | {"calibration_images": calibrated_on}

@@ -49,7 +49,9 @@ class TrainSettings(Section):
     clip_norm: float | None = Field(1.0, gt=0, description="norm that all gradients together are cut to")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the average of the weights, which is the result; 0: the last weights")
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the products in the forward pass; weights are float32")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="of the products in the forward pass; auto: bfloat16 where the device has instructions; weights are float32"
+    )
     seed: int = Field(0, ge=0, strict=True)
     augmentation: Augmentation | None = Augmentation()  # type: ignore[call-arg]
     distillation: Distillation | None = None

@@ -3,10 +3,11 @@
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from gcvit_edge.measurement.machine import FACTS_SCRIPT, Machine, parse_facts, this_machine, without_int8_products
+from gcvit_edge.measurement.machine import FACTS_SCRIPT, Machine, has_bfloat16, parse_facts, this_machine, without_int8_products
 
 PI5 = """
 == uname
@@ -165,3 +166,16 @@ def test_this_machine() -> None:
     assert machine.cpu
     assert machine.memory_mb is not None
     assert machine.memory_mb > 100
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", False), ("flags\t\t: fpu avx512_bf16", True), ("flags\t\t: amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd asimddp", False), ("Features\t: fp asimd i8mm bf16", True), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_bfloat16(cpuinfo: str | None, has: bool, tmp_path: Path) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert has_bfloat16(tmp_path / "cpuinfo") is has

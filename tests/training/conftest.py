@@ -10,8 +10,9 @@ from torch import nn
 
 from gcvit_edge.data import Labels, Preprocessing, class_indices, find_images
 from gcvit_edge.model.gcvit import GCViT
+from gcvit_edge.training.devices import make_accelerator
 from gcvit_edge.training.images import LabelledImages
-from gcvit_edge.training.loop import Epoch, fit, make_accelerator
+from gcvit_edge.training.loop import Epoch, fit
 from gcvit_edge.training.settings import TrainSettings
 
 SMALL = Preprocessing(size=(32, 32), resize=36)

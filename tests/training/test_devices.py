@@ -1,15 +1,19 @@
-"""What is trained on a GPU, without one: PyTorch's fake tensors say on which device each tensor would be, and refuse to mix them.
+"""Where a run computes. What is trained on a GPU is looked at without one: PyTorch's fake tensors say on which device each tensor would
+be, and refuse to mix them. Gradients need the driver of a GPU and are not looked at."""
 
-Gradients need the driver of a GPU and are not looked at.
-"""
-
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from launched import free_port
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gcvit_edge.errors import UserError
 from gcvit_edge.model.deploy import deploy
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.quantization.arithmetic import Arithmetic
@@ -17,8 +21,9 @@ from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.learned import learnable
 from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Operator, Recipe
+from gcvit_edge.training.devices import make_accelerator, with_precision
 from gcvit_edge.training.optimization import objective
-from gcvit_edge.training.settings import TrainSettings
+from gcvit_edge.training.settings import QatSettings, TrainSettings
 
 OPERATORS: frozenset[Operator] = frozenset({"linear", "conv", "attention", "residual"})
 
@@ -56,3 +61,45 @@ def test_all_of_a_forward_pass_is_on_the_gpu(trained: Callable[[GCViT], nn.Modul
         assert objective(logits, classes, teacher(images), settings).device.type == logits.device.type == "cuda"
         with pytest.raises(RuntimeError, match="same device"):  # it would be seen
             model(images.cpu())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device() -> None:
+    with pytest.raises(UserError, match="--device cuda: PyTorch sees no CUDA device"):
+        make_accelerator("cuda")
+    assert make_accelerator("auto").device.type == "cpu"
+
+
+def test_an_accelerator_that_computes_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_accelerator("cpu")  # as every run of this process is from now on
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cuda, but Accelerate computes on cpu: its configuration, ACCELERATE_USE_CPU or an"):
+        make_accelerator("cuda")
+
+
+def test_processes_wait_for_hours_while_one_reads_all_images() -> None:
+    code = (
+        "import torch.distributed as d; from gcvit_edge.training.devices import make_accelerator; make_accelerator('cpu');"
+        "print(d.distributed_c10d._get_default_group()._get_backend(d.distributed_c10d._get_pg_default_device()).options._timeout.total_seconds())"
+    )
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | launched, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 6 * 3600
+
+
+@pytest.mark.parametrize(("native", "decided"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_where_the_cpu_has_it(native: bool, decided: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcvit_edge.training.devices.has_bfloat16", lambda: native)
+    accelerator = make_accelerator("cpu")
+    assert with_precision(QatSettings(precision="auto", epochs=3), accelerator) == QatSettings(precision=decided, epochs=3)
+    for precision in ("float32", "bfloat16"):  # as it is asked for
+        assert with_precision(TrainSettings(precision=precision), accelerator).precision == precision
+
+
+@pytest.mark.parametrize(("native", "decided"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_where_the_gpu_has_it(native: bool, decided: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert with_precision(TrainSettings(precision="auto"), gpu).precision == decided

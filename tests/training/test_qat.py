@@ -20,8 +20,9 @@ from gcvit_edge.quantization.calibrate import Calibrated, calibrate
 from gcvit_edge.quantization.learned import learnable
 from gcvit_edge.quantization.scheme import Rounding, quantize
 from gcvit_edge.recipe import Recipe
+from gcvit_edge.training.devices import make_accelerator
 from gcvit_edge.training.images import LabelledImages, Samples
-from gcvit_edge.training.loop import fit, make_accelerator
+from gcvit_edge.training.loop import fit
 from gcvit_edge.training.qat import FineTuning, fine_tune, groups, saved_in_cache
 from gcvit_edge.training.settings import QatSettings
 
