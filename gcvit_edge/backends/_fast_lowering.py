@@ -43,7 +43,7 @@ IDLE_PASSES = {
     "RemoveGetItemPass",
     "RemoveRedundantCopyPass",
 }
-WEIGHTS = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants", "non_persistent_buffers")
+WEIGHT_TABLES = ("inputs_to_parameters", "inputs_to_buffers", "inputs_to_lifted_tensor_constants", "non_persistent_buffers")
 
 
 @contextmanager
@@ -88,20 +88,20 @@ def fast_lowering() -> Iterator[None]:
         stack.enter_context(patch.object(PassBase, "__call__", run_briefly))
         stack.enter_context(patch.object(delegates, "call_delegate_cpu", empty_outputs))
         stack.enter_context(patch.object(records, "get_type_hints", cache(records.get_type_hints)))
-        for table in WEIGHTS:
+        for table in WEIGHT_TABLES:
             stack.enter_context(patch.object(ExportGraphSignature, table, _made_once(getattr(ExportGraphSignature, table))))
         yield
 
 
 def _made_once(table: property) -> property:
     """For as long as a signature has the same inputs."""
-    get, made = cast(Callable[..., Any], table.fget), {}  # by `id`: signatures have no hash
+    get = cast(Callable[..., Any], table.fget)
+    made: dict[int, tuple[ExportGraphSignature, list[Any], Any]] = {}  # by `id`, no other's while one is kept here: they have no hash
 
     def made_once(signature: "ExportGraphSignature") -> Any:
         inputs = [(spec.arg.name, spec.target) for spec in signature.input_specs]  # which exporters change in place
-        *_, known, answer = made.get(id(signature), (None, None))
-        if known != inputs:
-            *_, answer = made[id(signature)] = signature, inputs, get(signature)
-        return answer
+        if id(signature) not in made or made[id(signature)][1] != inputs:
+            made[id(signature)] = signature, inputs, get(signature)
+        return made[id(signature)][2]
 
     return property(made_once)
