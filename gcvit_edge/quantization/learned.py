@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gcvit_edge.model.deploy import Constant, Point, rewrite
+from gcvit_edge.model.form import Form
 from gcvit_edge.quantization.calibrate import Calibrated
 from gcvit_edge.quantization.integers import IntegerConstant, IntegerWeight
 from gcvit_edge.quantization.layers import Product, RoundedPoint, StaticLayer
@@ -22,6 +23,7 @@ from gcvit_edge.quantization.scheme import Rounding, quantize
 
 _LOWEST, _HIGHEST = -128, 127
 _STEPS = _HIGHEST - _LOWEST
+_HALF_STEP = 0.5001  # and what float32 rounds the difference of two activations to
 
 
 class Range(nn.Module):
@@ -53,25 +55,24 @@ class _Round(torch.autograd.Function):
         scale = ((ends[1] - ends[0]) / _STEPS).clamp_min(1e-12)
         zero_point = torch.round(_LOWEST - ends[0] / scale).clamp(_LOWEST, _HIGHEST)
         inverse, offset = (1 / scale).float(), zero_point.float()
-        ctx.save_for_backward(x, inverse, offset)
-        return (x * inverse).round_().add_(offset).clamp_(_LOWEST, _HIGHEST).sub_(offset).mul_(scale.float())
+        y = (x * inverse).round_().add_(offset).clamp_(_LOWEST, _HIGHEST).sub_(offset).mul_(scale.float())
+        ctx.save_for_backward(x, y, inverse)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Within the range dy/dx = 1 and dy/dscale = rounding error (LSQ, equation 3); outside, y is an end of the range
         (but for the rounding of the zero point).
 
-        In place where it can be: new memory costs a CPU more than what is computed in it.
+        In few passes, and without waiting for a GPU: on a CPU it is memory that takes the time.
         """
         (gradient,) = gradients
-        x, inverse, offset = ctx.saved_tensors
-        scaled = x * inverse
-        error = torch.round(scaled).add_(offset).clamp_(_LOWEST, _HIGHEST).sub_(offset).sub_(scaled)
-        inside = torch.abs(error, out=scaled).le_(0.5)  # as 1 and 0
-        passed = inside.mul_(gradient)
+        x, y, inverse = ctx.saved_tensors
+        error = (y - x).mul_(inverse)
+        passed = torch.ops.aten.hardtanh_backward(gradient, error, -_HALF_STEP, _HALF_STEP)
         by_step = _dot(passed, error) / _STEPS
-        high = _dot(gradient, error.lt_(-0.5))
-        low = gradient.sum() - passed.sum() - high
+        low = torch.ops.aten.threshold_backward(gradient, error, _HALF_STEP).sum()
+        high = gradient.sum() - passed.sum() - low
         return passed, torch.stack([low - by_step, high + by_step]).double()
 
 
@@ -126,7 +127,7 @@ def learnable(calibrated: Calibrated, runtimes: Sequence[Rounding]) -> nn.Module
     Places that saw the same extremes hold the same values, such as the inputs of q, k and v: they share a range, or runtimes would
     round what they share more than once.
     """
-    student = copy.deepcopy(calibrated.network)
+    student = rewrite(calibrated.network, Form())  # without factors that are 1
     versions = [quantize(rewrite(student, each.form), each.operators, each.arithmetic, calibrated.ranges) for each in runtimes]
     shared: dict[object, Range] = {}
 

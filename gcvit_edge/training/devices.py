@@ -1,5 +1,8 @@
-"""Where a run computes and in which precision: the processes of Accelerate, on CPUs or GPUs."""
+"""Where a run computes, in which precision and in what memory: the processes of Accelerate, on CPUs or GPUs."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +16,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _WAIT = timedelta(hours=24)  # for another process, while the main one reads every image, alone; NCCL's 10 minutes are soon over
+# of malloc.h; the numbers behind them are glibc's own for a process that has had large tensors
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_MEMORY_OF_GLIBC = {_M_MMAP_MAX: 65_536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20}
+_MEMORY_KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
 _Settings = TypeVar("_Settings", bound=TrainSettings)
 
 
@@ -61,3 +68,25 @@ def with_precision(settings: _Settings, accelerator: "Accelerator") -> _Settings
         return settings
     native = has_bfloat16() if accelerator.device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
     return settings.model_copy(update={"precision": "bfloat16" if native else "float32"})
+
+
+@contextmanager
+def memory_kept(device: torch.device) -> Iterator[None]:
+    """On a CPU, memory of tensors is kept for the next ones. glibc gives that of large ones back to the system, and has it anew in the
+    next operator, page by page: a tenth to a seventh of a training step (benchmarks/NOTES.md). C libraries without `mallopt` stay as they
+    are.
+
+    Source: mallopt(3).
+    """
+    library = ctypes.CDLL(None)
+    if device.type != "cpu" or not hasattr(library, "mallopt"):
+        yield
+        return
+    try:
+        for parameter, value in _MEMORY_KEPT.items():
+            library.mallopt(parameter, value)
+        yield
+    finally:
+        for parameter, value in _MEMORY_OF_GLIBC.items():
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)

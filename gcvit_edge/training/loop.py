@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from gcvit_edge.cpus import default_threads
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.progress import Bar, Steps
+from gcvit_edge.training.devices import memory_kept
 from gcvit_edge.training.images import LabelledImages, Samples, derived_seed, epoch_order, loader
 from gcvit_edge.training.optimization import Groups, average, learning_rate_factor, objective, parameter_groups
 from gcvit_edge.training.settings import TrainSettings, micro_batches, steps_per_epoch
@@ -155,7 +156,7 @@ def fit(
             if not or_anew:
                 raise
     run.network = accelerator.prepare_model(model)
-    with _reproducible(device):
+    with memory_kept(device), _reproducible(device):
         for epoch in range(run.step // per_epoch, settings.epochs):
             first = run.step - epoch * per_epoch
             with steps.step(f"epoch {epoch + 1} of {settings.epochs}", per_epoch, first) as bar:

@@ -14,7 +14,8 @@ from torch import nn
 from gcvit_edge.cache import cache_file, digest, sources
 from gcvit_edge.data import ImageFolder, Labels, Preprocessing, class_indices, decode_images, find_images, inputs
 from gcvit_edge.measurement.accuracy import check_baseline, images_to_judge
-from gcvit_edge.model.deploy import deploy
+from gcvit_edge.model.deploy import deploy, rewrite
+from gcvit_edge.model.form import Form
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.progress import Steps
 from gcvit_edge.quantization.calibrate import Calibrated
@@ -139,7 +140,7 @@ def fine_tune(
         job.state.unlink(missing_ok=True)
     data, skipped = readable(job.data, "check training images", accelerator, steps)
     student = learnable(calibrated, runtimes)
-    teacher = None if settings.distillation is None else deploy(model)
+    teacher = None if settings.distillation is None else rewrite(deploy(model), Form())
     # not what calibration gave, whose last bits are another CPU's own
     origin = job.calibration | ({"weights": weights_digest(model.state_dict())} if teacher is None else {})
     trained, history = fit(

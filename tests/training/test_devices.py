@@ -1,6 +1,7 @@
 """Where a run computes. What is trained on a GPU is looked at without one: PyTorch's fake tensors say on which device each tensor would
 be, and refuse to mix them. Gradients need the driver of a GPU and are not looked at."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from gcvit_edge.quantization.calibrate import calibrate
 from gcvit_edge.quantization.learned import learnable
 from gcvit_edge.quantization.scheme import Rounding
 from gcvit_edge.recipe import Operator, Recipe
-from gcvit_edge.training.devices import make_accelerator, with_precision
+from gcvit_edge.training.devices import make_accelerator, memory_kept, with_precision
 from gcvit_edge.training.optimization import objective
 from gcvit_edge.training.settings import QatSettings, TrainSettings
 
@@ -103,3 +104,50 @@ def test_bfloat16_where_the_gpu_has_it(native: bool, decided: str, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     gpu = SimpleNamespace(device=torch.device("cuda"))
     assert with_precision(TrainSettings(precision="auto"), gpu).precision == decided
+
+
+def test_memory_of_tensors_is_kept_and_given_back() -> None:
+    """In a process of its own, whose memory is that of these tensors."""
+    code = """
+import resource
+from pathlib import Path
+import torch
+from gcvit_edge.training.devices import memory_kept
+
+torch.set_num_threads(1)
+
+def pages_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(32 << 20)  # 128 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+outside, start = [pages_of_a_step() for _ in range(2)], resident_mib()
+with memory_kept(torch.device("cpu")):
+    inside = [pages_of_a_step() for _ in range(3)]
+    kept = resident_mib() - start
+print(min(outside), max(inside[1:]), kept, resident_mib() - start, pages_of_a_step())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    outside, inside, kept, left, after = map(int, done.stdout.split())
+    assert outside > 1000  # had anew
+    assert inside < 100
+    assert kept > 100  # MiB
+    assert left < 20
+    assert after > 1000
+
+
+def test_memory_is_left_alone_on_a_gpu_and_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: int) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=refuse, malloc_trim=refuse))
+    with memory_kept(torch.device("cuda")):
+        pass
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    with memory_kept(torch.device("cpu")):
+        pass
