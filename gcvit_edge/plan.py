@@ -141,9 +141,15 @@ def plan(
 
 
 def bundle_path(output: str | Path | None, name: str, zip: bool) -> Path:
-    """Where a bundle goes: `output`, or `name` in the current folder; with `zip`, ending in .zip."""
+    """Where a bundle goes: `output`, or `name` in the current folder; with `zip`, ending in .zip.
+
+    Raises:
+        UserError: it is the root of the file system.
+    """
     path = Path(output or name)
-    path = path if path.name else path.resolve()  # "." has no name to put files beside
+    path = path.resolve() if path.name in ("", "..") else path  # of "." and "..", which have no name to put files beside
+    if not path.name:
+        raise UserError(f"--output {output} is the root of the file system; choose a folder in it")
     return path.with_name(path.name + ".zip") if zip and path.suffix != ".zip" else path
 
 

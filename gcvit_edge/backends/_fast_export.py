@@ -8,16 +8,20 @@
 """
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from typing import Any
 from unittest.mock import patch
 
+_LOCK = threading.RLock()
+
 
 @contextmanager
 def fast_export() -> Iterator[None]:
-    """Inside, capturing and lowering of networks is faster, by whichever exporter of PyTorch's graphs."""
+    """Inside, capturing and lowering of networks is faster, by whichever exporter of PyTorch's graphs; one thread at a time, since what
+    is put aside and back is the whole process's."""
     from torch.export import ExportedProgram
     from torch.fx import Graph, GraphModule, config
     from torch.fx.traceback import NodeSource
@@ -49,6 +53,7 @@ def fast_export() -> Iterator[None]:
         type(self).forward = forward  # every GraphModule has a class of its own
 
     with (
+        _LOCK,
         _without_collection(),
         patch.object(config, "do_not_emit_stack_traces", True),
         patch.object(Graph, "lint", trust),

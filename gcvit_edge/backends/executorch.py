@@ -186,7 +186,7 @@ def _unattributed(operators: list[TimedOperator], whole: float) -> list[TimedOpe
     one now and then is in no median."""
     rest = whole - sum(each.ms for each in operators)
     delegated = all(each.delegated for each in operators)
-    return [TimedOperator("unattributed", "Unattributed", "other", rest, delegated=delegated)] if rest > 0 else []
+    return [TimedOperator("unattributed", "Unattributed", "unattributed", rest, delegated=delegated)] if rest > 0 else []
 
 
 def _averages_apart(operators: list[TimedOperator]) -> list[TimedOperator]:

@@ -31,5 +31,7 @@ def run(arguments: argparse.Namespace, errors: "Console") -> "Result":
         text = recipe_text(arguments.name)
         recipe = parse_recipe(text, arguments.name)
         return Result(recipe.model_dump(), [text.rstrip("\n")])
+    if arguments.name is not None:
+        raise UserError(f"`recipes list` lists all; for {arguments.name} alone: gcvit-edge recipes show {arguments.name}")
     recipes = [parse_recipe(recipe_text(name), name) for name in recipe_names()]
     return Result([recipe.model_dump() for recipe in recipes], [f"{recipe.name:14} {recipe.description}" for recipe in recipes])

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["matrix", "quantization", "layout", "other"]
+Kind = Literal["matrix", "quantization", "layout", "other", "unattributed"]
 KINDS: dict[Kind, str] = {
     "matrix": "linears, convolutions, attention",
     "quantization": "rounding to integers and back",
     "layout": "transposes, reorders, reshapes",
     "other": "norms, softmax, GELU, additions and the like",
+    "unattributed": "what the profiler gives to no operator",
 }
 
 

@@ -102,7 +102,7 @@ def verdict(name: str, profile: dict[str, Any], reference: dict[str, Any] | None
         products += f"{integer['ms']:.1f} of {ms['products']:.1f} ms."
     else:
         products = f"None of {integer['of']} linears, convolutions and attention products is integer arithmetic: {ms['products']:.1f} ms."
-    rest = f"{ms['rounding and layout']:.1f} rounding and layout, {ms['other operators']:.1f} other operators between them"
+    rest = ", ".join(f"{took:.1f} {what}" for what, took in ms.items() if what != "products")
     lines = [f"{products} The rest of the {total:.1f} ms: {rest}."]
     calls, share = profile["delegate_calls"], profile["delegated_share"]
     if calls is not None:
@@ -119,8 +119,8 @@ def _comparison(name: str, profile: dict[str, Any], reference: dict[str, Any]) -
     total, before, integer_ms = profile["total_ms"], reference["total_ms"], profile["integer"]["ms"]
     faster = before / total
     how = "" if faster >= 1.05 else "hardly faster, " if faster > 1 else "no faster, "
-    float_ms = _ms(reference)
-    changes = {what: ms - float_ms[what] for what, ms in _ms(profile).items()}
+    ms, float_ms = _ms(profile), _ms(reference)
+    changes = {what: ms.get(what, 0.0) - float_ms.get(what, 0.0) for what in ms | float_ms}
     text = (
         f"{name} is {how}{faster:.2f}x as fast as float ({total:.1f} against {before:.1f} ms): "
         f"{', '.join(f'{what} {change:+.1f}' for what, change in changes.items())} ms."
@@ -136,9 +136,10 @@ def _comparison(name: str, profile: dict[str, Any], reference: dict[str, Any]) -
 def _ms(profile: dict[str, Any]) -> dict[str, float]:
     """Its time by what a verdict tells apart."""
     ms = {kind: each["ms"] for kind, each in profile["kinds"].items()}
-    return {"products": ms["matrix"], "rounding and layout": ms["quantization"] + ms["layout"], "other operators": ms["other"]}
+    parts = {"products": ms["matrix"], "rounding and layout": ms["quantization"] + ms["layout"], "other operators": ms["other"]}
+    return parts | ({"of no operator": ms["unattributed"]} if ms["unattributed"] else {})
 
 
 def _largest(summary: dict[str, Any]) -> str:
-    left = [each for each in summary["operators"] if not each["integer"]][:3]
+    left = [each for each in summary["operators"] if not each["integer"] and each["kind"] != "unattributed"][:3]
     return ", ".join(f"{each['operator']} ({each['ms']:.1f} ms)" for each in left)

@@ -6,7 +6,6 @@ Our layout is timm's key layout in safetensors, with a `ModelInfo` as JSON in th
 import argparse
 import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gcvit_edge.data import Labels, Preprocessing
-from gcvit_edge.errors import UserError
+from gcvit_edge.errors import DAMAGED_PICKLE, UserError
 from gcvit_edge.model import hub
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
@@ -102,10 +101,13 @@ def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) ->
     """Writes the model as safetensors in our layout, `info` in the metadata; weights as float16 if `half`.
 
     Raises:
+        UserError: a weight is too large for float16.
         OSError: the file cannot be written; what was there before still is.
     """
     dtype = torch.float16 if half else torch.float32
     state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
+    if lost := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"float16 is too small for {', '.join(lost[:3])}: its largest number is 65,504; leave --half out")
     with written_whole(path) as partial:
         partial.write_bytes(save(state, {"format": "pt", _METADATA_KEY: info.model_dump_json()}))
 
@@ -191,15 +193,21 @@ def _read_pickle(path: Path) -> State:
                 "save its state_dict alone, or use safetensors"
             ) from error
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file; {_ADVICE}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGED_PICKLE as error:
         said = f" ({error})" if isinstance(error, RuntimeError | OSError) and str(error) else ""  # the others' words are of the unpickler
         raise UserError(f"checkpoint {path} is truncated or no PyTorch file{said}; {_ADVICE}") from error
-    while isinstance(data, dict) and (wrapper := next((w for w in _WRAPPERS if isinstance(data.get(w), dict)), None)):
-        data = data[wrapper]
-    state = {str(key): value for key, value in data.items()} if isinstance(data, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not (state := _weights_in(data)):
         raise UserError(f"checkpoint {path} holds no state_dict (looked for {', '.join(_WRAPPERS)}); save model.state_dict()")
     return state
+
+
+def _weights_in(data: Any) -> State:
+    """The first state_dict in what was saved, averaged weights before others; {} if there is none."""
+    if not isinstance(data, dict):
+        return {}
+    if found := next(filter(None, (_weights_in(data.get(wrapper)) for wrapper in _WRAPPERS)), None):
+        return found
+    return {str(key): value for key, value in data.items()} if all(isinstance(value, Tensor) for value in data.values()) else {}
 
 
 def _without_prefixes(state: State) -> State:

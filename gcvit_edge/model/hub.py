@@ -8,6 +8,7 @@ from gcvit_edge.data import Labels, Preprocessing
 from gcvit_edge.errors import UserError
 
 PREFIX = "hf-hub:"
+_PICKLE = "pytorch_model.bin"
 
 
 def download(source: str) -> Path:
@@ -20,22 +21,34 @@ def download(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = source.removeprefix(PREFIX)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.pth", "*.pth.tar", "config.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
-            "or download the file and give its path"
-        ) from error
-    found = [path for suffix in (".safetensors", ".pth", ".pth.tar") for path in sorted(folder.glob(f"*{suffix}"))]
-    if not found:
-        raise UserError(f"{name} on the Hugging Face hub holds no .safetensors or .pth file")
-    return found[0]
+    for patterns in (("*.safetensors", "*.pth", "*.pth.tar"), (_PICKLE,)):  # which many have beside a safetensors file of the same
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "config.json"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise UserError(
+                f"cannot download {name} from the Hugging Face hub: {error}; check the name and the connection, "
+                "or download the file and give its path"
+            ) from error
+        if found := [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
+            return found[0]
+    raise UserError(f"{name} on the Hugging Face hub holds no .safetensors or .pth file, nor {_PICKLE}")
 
 
 def timm_labels(config: dict[str, Any]) -> Labels | None:
-    """The class names of timm's config.json, if it has them."""
-    return Labels.of(config["label_names"]) if "label_names" in config else None
+    """The class names of timm's config.json, if it has them: a list, or by the number of the class.
+
+    Raises:
+        UserError: they are neither, or of some classes only.
+    """
+    pretrained = _pretrained(config)
+    names: Any = config.get("label_names") or pretrained.get("label_names") or pretrained.get("labels")
+    if not names:
+        return None
+    if isinstance(names, dict):
+        names = [names.get(str(number)) for number in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError("label_names of config.json is no list of class names, nor has one for every class; give --labels FILE")
+    return Labels.of(names)
 
 
 def read_timm_config(folder: Path) -> dict[str, Any]:
@@ -48,7 +61,8 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}; download it again") from error
 
@@ -59,7 +73,7 @@ def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | N
     Raises:
         UserError: it asks for what `Preprocessing` cannot do.
     """
-    timm = config.get("pretrained_cfg", {})
+    timm = _pretrained(config)
     if "input_size" not in timm:
         return None
     try:
@@ -77,3 +91,8 @@ def timm_preprocessing(config: dict[str, Any], source: str) -> Preprocessing | N
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # pydantic's are ValueErrors
         problem = " ".join(str(error).split())
         raise UserError(f"the preprocessing that {source} asks for cannot be done: {problem}; give --preprocessing FILE") from error
+
+
+def _pretrained(config: dict[str, Any]) -> dict[str, Any]:
+    """What timm says of the weights; in its older files there is nothing around it."""
+    return config.get("pretrained_cfg", config) or {}

@@ -21,6 +21,8 @@ def profile_table(report: dict[str, Any]) -> Table:
         table.add_column(escape(precision), justify="right")
     table.add_row("all", *(f"{each['total_ms']:.2f}" for each in profiles.values()), style="bold", end_section=True)
     for kind, meaning in KINDS.items():
+        if not any(each["kinds"][kind]["count"] for each in profiles.values()):
+            continue
         table.add_row(meaning, *(f"{each['kinds'][kind]['ms']:.2f} ({each['kinds'][kind]['count']})" for each in profiles.values()))
     table.add_section()
     times = {name: {each["operator"]: each for each in summary["operators"]} for name, summary in profiles.items()}

@@ -185,7 +185,9 @@ def _write(model: GCViT, job: TrainJob) -> None:
     try:
         save_checkpoint(model, job.info, job.output, half=False)
     except OSError as error:
-        raise CheckFailed(f"cannot write {job.output}: {error.strerror}; the run is saved, so make room and give --resume") from error
+        raise CheckFailed(
+            f"cannot write {job.output}: {error.strerror}; the run is saved, so see to that (is there room?) and give --resume"
+        ) from error
     job.state.unlink()
 
 
@@ -201,6 +203,8 @@ def _check_output(output: Path, state: Path, resume: bool, force: bool) -> None:
         raise UserError(f"--output must end in .safetensors, got {output.name}")
     if not output.parent.is_dir():
         raise UserError(f"the folder {output.parent} of --output does not exist; make it first")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; give --output FILE.safetensors")
     if not force and output.exists():
         raise UserError(f"{output} exists; give --force to replace it, or another --output")
     check_state(state, resume, force)

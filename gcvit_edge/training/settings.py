@@ -52,7 +52,7 @@ class TrainSettings(Section):
     precision: Literal["float32", "bfloat16", "auto"] = Field(
         "float32", description="of the products in the forward pass; auto: bfloat16 where the device has instructions; weights are float32"
     )
-    seed: int = Field(0, ge=0, strict=True)
+    seed: int = Field(0, ge=0, lt=2**63, strict=True)
     augmentation: Augmentation | None = Augmentation()  # type: ignore[call-arg]
     distillation: Distillation | None = None
 

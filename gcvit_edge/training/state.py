@@ -1,13 +1,12 @@
 """Saved training runs: one file, replaced as a whole, so that an interruption leaves the last state and never half of one."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gcvit_edge.errors import CheckFailed, UserError
-from gcvit_edge.paths import written_whole
+from gcvit_edge.errors import DAMAGED_PICKLE, CheckFailed, UserError
+from gcvit_edge.paths import require_folder, written_whole
 
 
 def state_beside(output: Path) -> Path:
@@ -16,11 +15,14 @@ def state_beside(output: Path) -> Path:
 
 
 def check_state(path: Path, resume: bool, force: bool) -> None:
-    """Refuses to resume nothing, and to lose an interrupted run without `force`.
+    """Refuses to resume nothing, to lose an interrupted run without `force`, and a place where none can be saved.
 
     Raises:
         UserError: one of these.
     """
+    require_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"the run is saved to {path} while it goes on, which is a folder; move it away, or choose another --output")
     if resume and not path.is_file():
         raise UserError(f"nothing to resume: {path} does not exist; start without --resume")
     if not force and not resume and path.exists():
@@ -37,7 +39,7 @@ def write_state(path: Path, identity: dict[str, Any], content: dict[str, Any]) -
         with written_whole(path) as partial:
             torch.save({"identity": identity, "content": content}, partial)
     except (OSError, RuntimeError) as error:
-        raise CheckFailed(f"cannot save the run to {path}: {error}; make room, then --resume") from error
+        raise CheckFailed(f"cannot save the run to {path}: {error}; see to that (is there room?), then --resume") from error
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found, content = saved["identity"], saved["content"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
+    except DAMAGED_PICKLE as error:
         raise UserError(f"{path} is no saved run, or a damaged one ({error}); start again with --force") from error
     before, now = _flat(found), _flat(identity)
     differing = [f"{key} was {before.get(key)}, is {now.get(key)}" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

@@ -1,5 +1,7 @@
 import copy
 import dataclasses
+import threading
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -248,3 +250,25 @@ def test_what_is_no_etdump_is_refused(small_float: Lowered, tmp_path: Path) -> N
             UserError, match=r"profile\.etdump is no ETDump, or not a whole one; expected a file that `gcvit-edge benchmark"
         ):
             backend.read_etdump(file)
+
+
+def test_one_thread_exports_at_a_time() -> None:
+    """Two that came and went in turn would leave what the first put aside for good."""
+    lint, order = torch.fx.Graph.lint, []
+
+    def export(name: str) -> None:
+        with fast_export():
+            order.append(name)
+            entered.set()
+            time.sleep(0.2)
+            order.append(name)
+
+    entered = threading.Event()
+    threads = [threading.Thread(target=export, args=(name,)) for name in "ab"]
+    threads[0].start()
+    entered.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert order == ["a", "a", "b", "b"]
+    assert torch.fx.Graph.lint is lint

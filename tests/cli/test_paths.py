@@ -45,6 +45,17 @@ def test_what_may_not_be_read(bundle: Path, tiny: Tiny, tmp_path: Path) -> None:
         locked.chmod(0o700)
 
 
+def test_what_may_not_be_written_is_not_trained_for(tiny: Tiny, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    train = ["train", "--data", tiny.calib, "--weights", tiny.weights, "--device", "cpu", "-o", locked / "mine.safetensors"]
+    command = [*WITHOUT_PRIVILEGES, sys.executable, "-m", "gcvit_edge", *map(str, train)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no permission to write to" in done.stderr
+    assert "epoch" not in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["benchmark", "evaluate", "analyze"])
 def test_a_bundle_may_follow_a_backend(verb: str) -> None:
     more = ["--data", "."] if verb == "evaluate" else []

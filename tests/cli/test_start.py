@@ -97,6 +97,10 @@ def test_wrong_options_are_told_by_their_verb(argv: list[str], said: str, capsys
     assert capsys.readouterr().err.splitlines()[-1] == f"gcvit-edge {argv[0]}: error: {said}"
 
 
+def test_a_list_of_one_recipe_is_no_list(command: Command) -> None:
+    assert "for int8_ptq alone: gcvit-edge recipes show int8_ptq" in command.refuses("recipes", "list", "int8_ptq")
+
+
 # signals
 
 

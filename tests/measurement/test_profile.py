@@ -137,6 +137,17 @@ def test_verdict_between_no_faster_and_faster() -> None:
     assert verdict("int8", summary(8, 0, 0, 5), summary(0, 8, 0, 5))[-1].endswith("other operators +0.0 ms.")  # nothing takes longer
 
 
+def test_verdict_takes_what_no_operator_took_for_none() -> None:
+    def with_more(ms: float) -> dict:
+        return summarize([TimedOperator("a", "QGemm", "matrix", 2, integer=True), TimedOperator("d", "Gelu", "other", 5),
+                          TimedOperator("e", "Unattributed", "unattributed", ms)], None)  # fmt: skip
+
+    first, last = verdict("int8", with_more(7), summary(0, 8, 0, 5))
+    assert first.endswith("The rest of the 14.0 ms: 0.0 rounding and layout, 5.0 other operators, 7.0 of no operator.")
+    assert "other operators +0.0, of no operator +7.0 ms. What takes longer is, most of all, what the profiler gives to no" in last
+    assert "What bounds it is Gelu (5.0 ms)." in verdict("int8", with_more(3), summary(0, 8, 0, 5))[-1]
+
+
 def test_verdict_without_integers() -> None:
     floats = summarize([TimedOperator("b", "Gemm", "matrix", 6), TimedOperator("d", "Gelu", "other", 5)], None)
     for reference in (summary(0, 8, 0, 5), summary(0, 6, 0, 5)):

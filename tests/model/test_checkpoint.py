@@ -1,6 +1,7 @@
 """Checkpoints: every layout and wrapper that is read, and everything that is refused."""
 
 import argparse
+import copy
 import json
 import pickle
 from dataclasses import replace
@@ -162,6 +163,11 @@ def test_averaged_weights_win(tiny_model, tmp_path, wrapper, averaged):
         assert_same_state(read_checkpoint(str(tmp_path / name)).state, tiny_model.state_dict())
 
 
+def test_settings_of_an_average_beside_the_weights_are_no_weights(tiny_model, tmp_path):
+    torch.save({"model": dict(tiny_model.state_dict()), "ema": {"decay": 0.99, "updates": 3}}, tmp_path / "one.pth")
+    assert_same_state(read_checkpoint(str(tmp_path / "one.pth")).state, tiny_model.state_dict())
+
+
 def test_arguments_of_the_training_script_beside_the_weights(tiny_model, tmp_path):
     arguments = argparse.Namespace(lr=5e-4, model="gcvit_xxtiny", mean=[0.5, 0.5, 0.5], amp=True)
     torch.save({"epoch": 3, "arch": "gcvit", "state_dict": tiny_model.state_dict(), "args": arguments}, tmp_path / "timm.pth.tar")
@@ -199,6 +205,15 @@ def test_saving_half_does_not_change_the_model(tiny_model, tmp_path):
     before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
     save_checkpoint(tiny_model, describe_model(tiny_model), tmp_path / "own.safetensors", half=True)
     assert_same_state(tiny_model.state_dict(), before)
+
+
+def test_weights_too_large_for_float16_are_not_saved_as_infinite(tiny_model, tmp_path):
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        model.head.fc.bias[0] = 70_000
+    with pytest.raises(UserError, match=r"float16 is too small for head\.fc\.bias: .*; leave --half out"):
+        save_checkpoint(model, describe_model(model), tmp_path / "own.safetensors", half=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trained_checkpoints_are_official_variants(shared):

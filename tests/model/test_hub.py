@@ -127,3 +127,55 @@ def test_hub_without_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path))
     with pytest.raises(UserError, match=r"holds no \.safetensors or \.pth file"):
         read_checkpoint("hf-hub:somebody/empty")
+
+
+NAMES = TIMM_CONFIG["label_names"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TIMM_CONFIG | {"label_names": {str(number): name for number, name in reversed(list(enumerate(NAMES)))}},
+        {key: value for key, value in TIMM_CONFIG.items() if key != "label_names"}
+        | {"pretrained_cfg": TIMM_CONFIG["pretrained_cfg"] | {"label_names": NAMES}},
+        {"architecture": "gcvit_xxtiny", "labels": NAMES} | TIMM_CONFIG["pretrained_cfg"],
+    ],
+    ids=["by number", "inside", "older"],
+)
+def test_hub_names_wherever_timm_has_them(tiny_model, tmp_path, monkeypatch, config):
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    info = load_model(HUB)[1]
+    assert info.labels.names == tuple(NAMES)
+    assert (info.preprocessing.resize, info.preprocessing.mean) == (80, (0.5, 0.4, 0.3))
+
+
+def test_hub_names_of_some_classes_are_refused(tiny_model, tmp_path, monkeypatch):
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", TIMM_CONFIG | {"label_names": {"0": "a", "7": "h"}})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    with pytest.raises(UserError, match=r"label_names of config\.json is no list of class names, .*; give --labels FILE"):
+        read_checkpoint(HUB)
+
+
+@pytest.mark.parametrize("config", [{"label_names": None, "pretrained_cfg": None}, []])
+def test_hub_that_says_nothing(tiny_model, tmp_path, monkeypatch, config):
+    folder = hub_folder(tmp_path, tiny_model, "model.safetensors", config)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folder))
+    checkpoint = read_checkpoint(HUB)
+    assert (checkpoint.labels, checkpoint.preprocessing) == (None, None)
+
+
+def test_hub_with_a_pickle_alone(tiny_model, tmp_path, monkeypatch):
+    """Asked for only where there is nothing else: most have both."""
+    asked = []
+    folder = hub_folder(tmp_path, tiny_model, "pytorch_model.bin", TIMM_CONFIG)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def download(repo, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder if "pytorch_model.bin" in allow_patterns else empty)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model(HUB)[1].labels.names == tuple(NAMES)
+    assert len(asked) == 2

@@ -309,6 +309,9 @@ def test_bad_outputs_are_refused(tiny: Tiny, tmp_path: Path) -> None:
         job(tiny, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"the folder .*none of --output does not exist"):
         job(tiny, tmp_path / "none" / "a.safetensors")
+    (tmp_path / "b.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"b\.safetensors is a folder; give --output FILE\.safetensors"):
+        job(tiny, tmp_path / "b.safetensors", force=True)
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="exists; give --force to replace it"):
         job(tiny, tmp_path / "a.safetensors")
