@@ -13,12 +13,14 @@ def require_file(path: Path, what: str) -> None:
     """That a path is a file; `what` is how error messages call it.
 
     Raises:
-        UserError: nothing is there, or a folder.
+        UserError: nothing is there, or no file, such as a folder or a pipe.
     """
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder; give a file")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{what} {path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{what} {path} is no regular file, but a pipe or a device; give a file")
 
 
 def require_folder(path: Path) -> None:

@@ -211,7 +211,8 @@ class Bundle:
         unlisted = {GOLDEN_INPUT, *(golden_output(artifact) for artifact in self.artifacts)} - listed
         if unlisted:
             raise CheckFailed(f"bundle.json does not list {', '.join(sorted(unlisted))}, which every bundle has; get the bundle again")
-        held = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file()}
+        # linked folders too, which are not looked into
+        held = {p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_symlink() or not p.is_dir()}
         extra = sorted(held.union(self._left_out) - listed)
         if extra:
             raise CheckFailed(f"the bundle holds files that bundle.json does not list: {', '.join(extra[:5])}; remove them")
@@ -284,6 +285,8 @@ def open_bundle(path: str | Path) -> Bundle:
     if path.is_file() and zipfile.is_zipfile(path):
         return _unpack(path)
     if path.is_dir():
+        if not (path / MANIFEST).is_file() and (inside := sorted(path.glob(f"*/{MANIFEST}"))):
+            raise UserError(f"{path} is no bundle, but {inside[0].parent} is; give that")
         return Bundle(path, path, read_manifest(path, path))
     if path.is_file() and path.open("rb").read(2) == b"PK":
         raise CheckFailed(f"{path} is no whole zip file, as if it had been cut off on its way; get the bundle again")
@@ -314,8 +317,12 @@ def _extracted(archive: zipfile.ZipFile, path: Path, root: Path) -> Bundle:
     """Unpacks what the manifest lists.
 
     Raises:
+        UserError: the bundle is in a folder of it.
         CheckFailed: a file is larger than listed, or packed so well that it holds no network: a small zip may hold more than a disk does.
     """
+    names = archive.namelist()
+    if MANIFEST not in names and (inside := sorted(name.removesuffix(f"/{MANIFEST}") for name in names if name.endswith(f"/{MANIFEST}"))):
+        raise UserError(f"{path} holds a bundle in its folder {inside[0]}; zip what is in that folder, or unpack it and give the folder")
     _extract(archive, MANIFEST, _MAX_MANIFEST_BYTES, root)
     manifest = read_manifest(root, path)
     listed = {file.path: file.size_bytes for file in manifest.files}

@@ -23,6 +23,7 @@ def staged_bundle(output: Path, force: bool) -> Iterator[Path]:
         UserError: as `check_output`, before the body and after it; or the folder cannot be written.
     """
     check_output(output, force)
+    output = output.resolve() if output.is_symlink() else output  # what it links to is replaced, not the link
     zipped = output.suffix == ".zip"
     filled = output.is_dir() and not any(output.iterdir()) and not zipped
     parent = output if filled else output.parent
@@ -95,8 +96,10 @@ def check_output(output: Path, force: bool, scratch: Path | None = None) -> None
 
     Raises:
         UserError: `output` exists and is not an empty folder; with `force`, only if it is no bundle either, or cannot be replaced.
-            Or a folder that it would be in is a file.
+            Or a folder that it would be in is a file, or it links to nothing.
     """
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{output} links to {output.readlink()}, which does not exist (is a disk missing?); give another --output")
     if not output.exists():
         require_folder(output.parent)
         return

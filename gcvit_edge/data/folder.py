@@ -215,7 +215,8 @@ def class_indices(images: ImageFolder, labels: Labels) -> NDArray[np.int64]:
     """
     if "" in images.classes:
         stray = images.files[images.classes.index("")]
-        raise UserError(f"{images.root} has images outside class folders, such as {stray}; lay them out as class/image")
+        advice = "its names have \\ for /: unpack it, and zip it again" if "\\" in stray else "lay them out as class/image"
+        raise UserError(f"{images.root} has images outside class folders, such as {stray}; {advice}")
     index = _class_index(labels)
     unknown = sorted(name for name in set(images.classes) if _normal(name) not in index)
     if unknown:

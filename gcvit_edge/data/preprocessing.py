@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, PpmImagePlugin, TiffImagePlugin
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from gcvit_edge.errors import UserError
@@ -89,7 +89,7 @@ class Preprocessing(Section):
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it shown, in RGB; of 16 bits of grey the upper 8, as of 16 bits of colour.
+    """The image as its EXIF orientation wants it shown, in RGB; of 16 bits of grey the upper 8, as Pillow has it of 16 bits of colour.
 
     Raises:
         ValueError: pixels of 32 bits, for which nothing says what is white; or as `check_shape`.
@@ -99,6 +99,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
+    if image.mode == "I" and isinstance(image, PpmImagePlugin.PpmImageFile):  # of more than 8 bits, which Pillow makes 16
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "La":  # whose colours are multiplied by alpha, as those of RGBa, which Pillow converts itself
+        image = image.convert("LA")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, expected 8 or 16 bits")
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255

@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.targets import Case, Session, Timed
-from gcvit_edge.targets._timeout import readable
+from gcvit_edge.targets._timeout import patience, readable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from gcvit_edge.artifact import Artifact
 
 _INPUT, _OUTPUT = "images.f32", "logits.f32"
-_SLOWER = 10  # times, that an inference may become on a device that is hot or busy
 
 # of the targets that run the native runner
 ETDUMP = {
@@ -180,7 +179,7 @@ class ProcessSession(Session):
 
     def _read(self, *keys: str, inferences: int = 1) -> dict[str, Any]:
         """The next answer, which has these keys, to what so many inferences are needed for."""
-        line = self._line(None if self._timeout is None else self._patience(self._timeout, inferences))
+        line = self._line(None if self._timeout is None else patience(self._timeout, inferences, self._longest))
         try:
             answer = json.loads(line)
         except ValueError:
@@ -188,11 +187,6 @@ class ProcessSession(Session):
         if not isinstance(answer, dict) or not answer.keys() >= set(keys):
             self._fail(f"got {line[:200].decode(errors='replace')!r}, expected an answer of the runner with {', '.join(keys)}")
         return answer
-
-    def _patience(self, timeout: float, inferences: int) -> float:
-        """Seconds to wait for so many inferences: of many, no more than a few times what they took before."""
-        known = inferences * timeout if self._longest is None else timeout + _SLOWER * inferences * self._longest
-        return min(inferences * timeout, known)
 
     def _line(self, seconds: float | None) -> bytes:
         assert self._process.stdout is not None

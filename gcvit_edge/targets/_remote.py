@@ -12,7 +12,7 @@ from gcvit_edge.cpus import CPUS_SCRIPT, fastest_first
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Session
 from gcvit_edge.targets._process import ETDUMP, ProcessSession, profile_file
-from gcvit_edge.targets._shell import ENGLISH, Keeper, Shell
+from gcvit_edge.targets._shell import PREAMBLE, Keeper, Shell
 from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def connect_shell(shell: Shell, options: RemoteOptions, build: Callable[[str], P
 
 def _folder_word(folder: str) -> str:
     """A folder there as a word of its shell; ~ is the home folder there."""
-    if folder == "~" or folder.startswith("~/"):
-        return f'"$HOME"{quote(folder[1:])}'
     if "\t" in folder or "\n" in folder:
         raise UserError(f"remote_dir: got {folder!r}, but a tab or a line break ends a word to the runner; give another folder")
+    if folder == "~" or folder.startswith("~/"):
+        return f'"$HOME"{quote(folder[1:])}'
     if folder.startswith("~"):
         raise UserError(f"remote_dir: got {folder}, but ~ is only the home folder of the user who logs in; give the whole path")
     return quote(folder)
@@ -102,7 +102,7 @@ class Remote(Connection):
         folder = _SessionFolder(self, f"{self.keeper.folder}/{self._sessions}")
         if pinned and self.etdump is not None:
             command += ["--etdump", folder.path(_PROFILE)]
-        script = ENGLISH + _START.format(folder=quote(folder.root), command=" ".join(map(quote, command)))
+        script = PREAMBLE + _START.format(folder=quote(folder.root), command=" ".join(map(quote, command)))
         return RemoteSession(case.artifact, self.shell.command(script), folder)
 
     def _push_runner(self) -> str:

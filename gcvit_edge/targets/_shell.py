@@ -32,7 +32,8 @@ _BYTES_PER_SECOND = 50_000  # slowest connection that is waited for
 BEAT_SECONDS = 5  # a line to the keeper
 SILENT_BEATS = 12  # a minute without one, and the connection is lost, to either side: longer than a Wi-Fi's change of cells takes
 
-ENGLISH = "export LC_ALL=C\n"  # begins every script: what programs there print is read, and they would print it in the user's language
+# begins every script, as what it prints is read: in the user's language programs say other things, and with CDPATH `cd` says where to
+PREAMBLE = "export LC_ALL=C\nunset CDPATH\n"
 
 # HUP: some devices send it to all that an ended connection has started. Again: a command may be under way that makes a file.
 # made: folders on the way that are not there yet. start: again, as another keeper, when it ends, removes the folder of all of them as long
@@ -118,7 +119,7 @@ class Shell(ABC):
             CheckFailed: it, or the connection, failed.
         """
         # the end says its exit code: a lost connection is 255 to ssh, as a script may be, and 0 to some versions of adb
-        done = self.call(self.command(f"{ENGLISH}({script}\n)\necho '{_END}'$? >&2"), content, size)
+        done = self.call(self.command(f"{PREAMBLE}({script}\n)\necho '{_END}'$? >&2"), content, size)
         printed = done.stderr.decode(errors="replace")
         end = re.search(f"{_END}(\\d+)\n", printed)  # what started the shell there may have a last word
         if not end:
@@ -173,7 +174,7 @@ class Keeper:
             CheckFailed: its disk is full.
         """
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        script = ENGLISH + _KEEPER.format(parent=parent, greeting=_GREETING, beat=BEAT_SECONDS, beats=SILENT_BEATS)
+        script = PREAMBLE + _KEEPER.format(parent=parent, greeting=_GREETING, beat=BEAT_SECONDS, beats=SILENT_BEATS)
         command = shell.first_command(script)
         self._ended = threading.Event()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)

@@ -11,6 +11,7 @@ TIMEOUT = {
 }
 
 
+_SLOWER = 10  # times, that an inference may become on a device that is hot or busy
 _MOST_MILLISECONDS = 2**31 - 1  # that poll() takes: 24 days
 
 
@@ -29,3 +30,10 @@ def check_timeout(seconds: int) -> None:
     """Raises UserError unless it is positive."""
     if seconds < 1:
         raise UserError(f"timeout must be at least 1 second, got {seconds}")
+
+
+def patience(timeout: float, inferences: int, longest: float | None) -> float:
+    """Seconds to wait for so many inferences: of many, no more than a few times what they took before. longest: seconds of one, of those
+    that were timed."""
+    known = inferences * timeout if longest is None else timeout + _SLOWER * inferences * longest
+    return min(inferences * timeout, known)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_verify_finds_swapped_labels(copy: Path) -> None:
 def test_verify_finds_a_missing_file(name: str, copy: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(CheckFailed, match=f"{re.escape(name)} is missing from the bundle"):
+        open_bundle(copy).verify()
+
+
+@pytest.mark.parametrize("kind", ["folder", "nothing", "pipe"])
+def test_verify_finds_what_is_no_file(kind: str, copy: Path, tmp_path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(copy / "more")
+    else:
+        (tmp_path / "folder").mkdir()
+        (copy / "more").symlink_to(tmp_path / kind)
+    with pytest.raises(CheckFailed, match=r"files that bundle\.json does not list: more"):
         open_bundle(copy).verify()
 
 

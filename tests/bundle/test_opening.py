@@ -1,6 +1,7 @@
 """What opening a bundle refuses, folder or zip."""
 
 import errno
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("hello")
     with pytest.raises(UserError, match="file is no bundle"):
         open_bundle(tmp_path / "file")
+
+
+def test_a_bundle_one_folder_down_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    """As `zip -r demo.zip demo` makes it."""
+    shutil.copytree(bundle.root, tmp_path / "all" / "demo")
+    with pytest.raises(UserError, match=r"all is no bundle, but .*demo is; give that"):
+        open_bundle(tmp_path / "all")
+    with pytest.raises(UserError, match=r"all\.zip holds a bundle in its folder demo; zip what is in that folder"):
+        open_bundle(zipped(tmp_path / "all", tmp_path / "all.zip"))
 
 
 # files that are read only when they are needed

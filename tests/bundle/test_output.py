@@ -85,6 +85,28 @@ def test_force_replaces_a_bundle(copy: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_a_link_leads_to_is_replaced(copy: Path, tiny: Tiny, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    (copy / "stale.txt").write_text("of the old bundle")
+    quantize(tiny, link, force=True)
+    assert link.is_symlink()
+    assert listing(copy) == FILES
+
+
+def test_a_link_to_nothing_is_no_output(tmp_path: Path) -> None:
+    """As to a disk that is missing: found before the work, not after it."""
+    for name in ("link", "link.zip"):
+        (tmp_path / name).symlink_to("/nowhere/bundle")
+        for force in (False, True):
+            with (
+                pytest.raises(UserError, match=r"link.* links to /nowhere/bundle, which does not exist .*; give another --output"),
+                staged_bundle(tmp_path / name, force),
+            ):
+                pass
+
+
+@pytest.mark.usefixtures("quick")
 def test_empty_folder_is_a_fine_output(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir(mode=0o750)
     assert listing(quantize(tiny, tmp_path / "out").root) == FILES

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision import transforms
 
 from gcvit_edge.data import Preprocessing, default_preprocessing, read_preprocessing
+from gcvit_edge.data.preprocessing import upright_rgb
 from gcvit_edge.errors import UserError
 
 TORCHVISION = {
@@ -99,6 +100,21 @@ def test_an_exif_block_that_is_none(suffix: str) -> None:
     plain = io.BytesIO()
     noise(40, 30).save(plain, suffix)
     np.testing.assert_array_equal(Preprocessing().pixels(Image.open(file)), Preprocessing().pixels(Image.open(plain)))
+
+
+@pytest.mark.parametrize("most", [255, 1023, 4095, 65535])
+def test_portable_grey_of_any_depth(most: int) -> None:
+    """As X-ray and microscope programs write it."""
+    levels = np.linspace(0, 1, 40 * 30).reshape(30, 40)
+    bits = (levels * most).astype(">u2" if most > 255 else "u1")
+    image = Image.open(io.BytesIO(b"P5 40 30 %d\n" % most + bits.tobytes()))
+    grey = np.asarray(upright_rgb(image))[:, :, 0].astype(int)
+    assert np.abs(grey - levels * 255).max() <= 1.5
+
+
+def test_grey_that_is_multiplied_by_alpha() -> None:
+    image = Image.new("LA", (40, 30), (200, 128)).convert("La")
+    assert abs(int(np.asarray(upright_rgb(image))[0, 0, 0]) - 200) <= 2
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

@@ -13,6 +13,7 @@ import pytest
 from gcvit_edge.artifact import Artifact
 from gcvit_edge.errors import CheckFailed
 from gcvit_edge.targets._process import LocalFolder, ProcessSession, profile_file
+from gcvit_edge.targets._timeout import patience
 
 ARTIFACT = Artifact("executorch", "int8", Path("model.int8.pte"), (Path("model.int8.pte"),))
 READY = '{"load_ms": 1, "runtime_rss_mb": 2, "runtime": "r", "runtime_version": "1"}'
@@ -59,10 +60,10 @@ def test_a_timeout_that_is_as_good_as_none() -> None:
 def test_many_inferences_are_not_waited_for_as_long_as_each_alone() -> None:
     script = f"""echo '{READY}'; read line; echo '{{"ms": [20, 10], "joules": {{}}}}'; sleep 20"""
     with ProcessSession(ARTIFACT, shell(script), LocalFolder(), 20) as session:
-        assert session._patience(20, 32) == 640  # nothing is known yet
+        assert patience(20, 32, session._longest) == 640  # nothing is known yet
         session.time(np.zeros((1, 3, 2, 2), np.float32), 2)
-        assert session._patience(20, 32) == pytest.approx(20 + 10 * 32 * 0.02)
-        assert session._patience(20, 1) == 20
+        assert patience(20, 32, session._longest) == pytest.approx(20 + 10 * 32 * 0.02)
+        assert patience(20, 1, session._longest) == 20
         session._timeout = 0.2
         with pytest.raises(CheckFailed, match="no answer within 1 s"):
             session.time(np.zeros((1, 3, 2, 2), np.float32), 4)

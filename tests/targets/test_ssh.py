@@ -195,6 +195,20 @@ def test_a_shell_that_talks(board: Board, options: Options) -> None:
         forced.write_text(usual)
 
 
+@pytest.mark.parametrize("folder", [None, "work"])
+def test_a_login_shell_that_says_where_it_goes(folder: str | None, board: Board, options: Options) -> None:
+    """With CDPATH, as start-up files set it, `cd` prints the folder."""
+    forced = board.folder / "authorized_keys"
+    usual = forced.read_text()
+    forced.write_text(f'command="export CDPATH=.:~; eval \\"$SSH_ORIGINAL_COMMAND\\"" {usual}')
+    try:
+        with connect("board", replace(options, remote_dir=folder or options.remote_dir)) as device:
+            assert isinstance(device, Remote)
+            assert device.shell.run("cd / && pwd") == b"/\n"
+    finally:
+        forced.write_text(usual)
+
+
 @pytest.mark.parametrize("shell", ["sh", "tcsh"])
 def test_any_login_shell(shell: str, board: Board, options: Options) -> None:
     need(shutil.which(shell), shell)
@@ -226,8 +240,9 @@ def test_the_home_folder(folder: str, board: Board, options: Options) -> None:
 
 
 def test_a_folder_that_cannot_be_told(options: Options) -> None:
-    with pytest.raises(UserError, match=r"remote_dir: got 'a\\tb', but a tab"), connect("board", replace(options, remote_dir="a\tb")):
-        pass
+    for folder in ("a\tb", "~/a\tb", "~/a\nb"):
+        with pytest.raises(UserError, match=r"remote_dir: got '.*', but a tab"), connect("board", replace(options, remote_dir=folder)):
+            pass
 
 
 def test_the_home_folder_of_another_user(options: Options) -> None:

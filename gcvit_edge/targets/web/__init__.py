@@ -12,7 +12,7 @@ from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.targets import Case, Connection, Timed
 from gcvit_edge.targets import Session as BaseSession
 from gcvit_edge.targets._energy import Rapl
-from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout
+from gcvit_edge.targets._timeout import DEFAULT_SECONDS, TIMEOUT, check_timeout, patience
 from gcvit_edge.targets.web._browser import Browser, browser_version, find_browser
 from gcvit_edge.targets.web._runtime import missing_runtime, runtime_files
 from gcvit_edge.targets.web._server import PageServer
@@ -88,6 +88,7 @@ class Session(BaseSession):
             CheckFailed: the browser or the runtime cannot do it; the message ends with what they printed.
         """
         self._name, self._web = artifact.path.name, web
+        self._longest: float | None = None  # seconds of an inference, of those that were timed
         page = {name: _PAGE / name for name in ("page.html", "page.js")}
         self._open = ExitStack()
         try:
@@ -121,6 +122,7 @@ class Session(BaseSession):
         energy = Rapl()
         counters = energy.read()
         ms = self._command("time", runs=untimed + runs, shape=image.shape[1:])["ms"]
+        self._longest = max([self._longest or 0, *(each / 1000 for each in ms)])
         timed = ms[untimed:]
         return Timed(tuple(timed), {rail: used * sum(timed) / sum(ms) for rail, used in energy.since(counters).items()})
 
@@ -132,7 +134,7 @@ class Session(BaseSession):
         return self._answer(values.get("runs", 1))
 
     def _answer(self, inferences: int = 1) -> dict[str, Any]:
-        answer = self._read(inferences * self._web.timeout)
+        answer = self._read(patience(self._web.timeout, inferences, self._longest))
         return answer if isinstance(answer, dict) else self._fail("it posted logits that were not asked for")
 
     def _read(self, seconds: float) -> Any:
