@@ -126,6 +126,36 @@ def test_gradients_are_those_of_straight_through_rounding() -> None:
     torch.testing.assert_close(learns.logarithms.grad, logarithms.grad.float(), rtol=0.01, atol=0.05)  # type: ignore[union-attr]
 
 
+def test_the_step_follows_the_error_that_it_leaves() -> None:
+    """Of values within the range the ends learn nothing else: dy / dscale is the error, in steps (LSQ, equation 3)."""
+    x, learns = torch.linspace(-1.09, 0.69, 5000), Range(-1.1, 0.7)
+    low, high = learns.ends().tolist()
+    errors = ((learns(x) - x) / ((high - low) / 255)).detach()
+    learns(x).backward(errors)
+    by_step = float(errors.square().sum()) / 255
+    assert by_step > 1
+    assert learns.logarithms.grad is not None
+    assert learns.logarithms.grad.tolist() == pytest.approx([-by_step * low, by_step * high], rel=1e-3)
+
+
+def test_what_is_half_a_step_past_an_end_is_outside() -> None:
+    learns = Range(-1.1, 0.7)
+    affine = Affine.of_range(-1.1, 0.7, "int8")
+    ends = torch.tensor([(-128 - affine.zero_point), (127 - affine.zero_point)]) * affine.scale
+    past = torch.tensor([0.4, 0.6, 0.9, 5.0]) * affine.scale
+    x = torch.cat([ends[0] - past, ends[1] + past]).requires_grad_()
+    learns(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 0, 0, 0] * 2
+
+
+def test_ranges_round_in_float32() -> None:
+    """Where products are in bfloat16 too, which has no room for 256 steps."""
+    x, learns = torch.linspace(-1, 2, 999).bfloat16(), Range(-1.0, 2.0)
+    assert learns(x).dtype == torch.float32
+    assert torch.equal(learns(x), learns(x.float()))
+
+
 def test_weights_get_the_gradient_of_the_rounded_ones() -> None:
     torch.manual_seed(0)
     layer = LearnedLayer(nn.Linear(6, 3), None, None)

@@ -38,6 +38,8 @@ def test_counts_are_those_of_all_values_of_all_images() -> None:
     assert counts.keys() == ranges.keys()
     expected = np.histogram(values, BINS, ranges["0.input"])[0]
     assert counts["0.input"].sum() == values.size
+    assert counts["0.input"][0] >= 1
+    assert counts["0.input"][-1] >= 1  # the ends themselves
     assert np.abs(np.cumsum(counts["0.input"]) - np.cumsum(expected)).max() <= 3  # at the edge of a bin float32 decides
 
 
@@ -111,6 +113,13 @@ def test_least_divergence_cuts_a_lonely_outlier() -> None:
     low, high = _least_divergence(*histogram(np.append(VALUES, 400.0)))
     assert high < 200
     assert low < -1
+
+
+def test_least_divergence_counts_what_is_cut_off() -> None:
+    """At the end that it is cut off at, where the rounded distribution has none of it: not even a tenth of all values is free to lose."""
+    values = np.concatenate([np.random.default_rng(1).uniform(-1, 1, 100_000), np.random.default_rng(2).uniform(2.9, 3, 10_000)])
+    _, high = _least_divergence(*histogram(values))
+    assert high > 2.9
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (5.0, 6.0), (-6.0, -5.0), (0.0, 0.0)])
