@@ -20,14 +20,38 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own takes the last: a section put at the end of a copied recipe would take the
+    place of the one above, all of it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or has a key twice.
+    """
+    return yaml.load(text, _Loader)
+
+
 def parse_yaml(schema: type[S], text: str, source: str) -> S:
     """Validates a YAML text; `source` is how error messages call it.
 
     Raises:
-        UserError: not YAML, an unknown key (the message names the nearest valid one) or a value of the wrong kind.
+        UserError: not YAML, a key that is there twice, an unknown one (the message names the nearest valid one) or a value of the wrong
+            kind.
     """
     try:
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

@@ -146,6 +146,15 @@ def test_not_a_mapping(text: str, kind: str) -> None:
         parse_recipe(text, "mine.yaml")
 
 
+def test_a_section_that_is_there_twice_is_refused() -> None:
+    """Else the first would be lost without a word."""
+    text = recipe_text("int8_ptq") + "\ncalibration:\n  images: 64\n"
+    with pytest.raises(UserError, match=r"(?s)recipe mine\.yaml is not valid YAML: the key calibration is there twice.*line \d+"):
+        parse_recipe(text, "mine.yaml")
+    with pytest.raises(UserError, match="the key images is there twice"):
+        parse_recipe("name: mine\ndescription: x\ncalibration: {images: 64, images: 32}\n", "mine.yaml")
+
+
 @pytest.mark.parametrize("text", ["name: [a", "name: 'a", "\tname: a", "a: b: c", "name: \x00"])
 def test_not_yaml(text: str) -> None:
     with pytest.raises(UserError, match=r"recipe mine\.yaml is not valid YAML: "):

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from gcvit_edge.errors import UserError, unknown_name
 from gcvit_edge.paths import is_full
+from gcvit_edge.schema import load_yaml
 from gcvit_edge.targets import load_target, parse_target, target_names
 
 
@@ -61,7 +62,7 @@ def read_devices(file: Path) -> dict[str, dict[str, Any]]:
         UserError: not readable, not of that form, or a device has the name of a target or one that no folder can have.
     """
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read devices file {file}: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("target"), str) for e in entries.values()):
