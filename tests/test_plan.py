@@ -15,7 +15,7 @@ from gcvit_edge.data import find_images
 from gcvit_edge.errors import UserError
 from gcvit_edge.measurement.accuracy import images_to_judge
 from gcvit_edge.plan import Job, bundle_path, plan
-from gcvit_edge.recipe import MIN_CALIBRATION_IMAGES
+from gcvit_edge.recipe import MIN_CALIBRATION_IMAGES, Search
 from gcvit_edge.training.state import state_beside
 
 PER_CLASS = 30
@@ -74,6 +74,20 @@ def test_layers_are_ranked_by_images_that_do_not_calibrate_if_there_are_any(plan
     job = planned(RECIPE.replace("{images: 24}", f"{{images: {PER_CLASS * len(CLASSES)}}}"))
     assert job.ranking.files
     assert set(job.ranking.files) <= set(job.calibration.files)
+
+
+def test_a_search_says_how_many_images_rank_layers(planned: Callable[..., Job]) -> None:
+    assert len(planned(AUTO_RECIPE).ranking.files) == 4
+    assert len(planned().ranking.files) == Search().ranked_by  # without one, as many as by default
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_seed_of_the_recipe_chooses_among_the_images_that_are_left(seed: int, planned: Callable[..., Job], tiny: Tiny) -> None:
+    job = planned(AUTO_RECIPE.replace("calibration: {images: 24}", f"calibration: {{images: 24, seed: {seed}}}"))
+    rest = find_images(tiny.calib, "calibration").without(job.calibration)
+    assert job.held_out is not None
+    assert job.held_out.files == rest.select(76, seed).files
+    assert job.ranking.files == rest.select(4, seed).files
 
 
 def test_images_are_held_out_for_a_search_alone(planned: Callable[..., Job]) -> None:
