@@ -1,16 +1,7 @@
 """Errors that a user can act on, and the exit code that each one gives the command line."""
 
 import difflib
-import pickle
-import struct
-import zipfile
 from collections.abc import Iterable
-
-# what `torch.load` may raise of a damaged file, by where the damage is
-DAMAGED_PICKLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError,
-    AttributeError, AssertionError,
-)  # fmt: skip
 
 
 class UserError(ValueError):

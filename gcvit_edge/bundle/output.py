@@ -98,9 +98,9 @@ def check_output(output: Path, force: bool, scratch: Path | None = None) -> None
         UserError: `output` exists and is not an empty folder; with `force`, only if it is no bundle either, or cannot be replaced.
             Or a folder that it would be in is a file, or it links to nothing.
     """
-    if output.is_symlink() and not output.exists():
-        raise UserError(f"{output} links to {output.readlink()}, which does not exist (is a disk missing?); give another --output")
     if not output.exists():
+        if output.is_symlink():
+            raise UserError(f"{output} links to {output.readlink()}, which does not exist (is a disk missing?); give another --output")
         require_folder(output.parent)
         return
     content = [path.name for path in output.iterdir() if path != scratch] if output.is_dir() else [output.name]

@@ -48,6 +48,6 @@ def read_labels(path: Path) -> Labels:
         if not lines:
             raise UserError(f"labels file {path} is empty; write one class name a line, in the order of the logits")
         pairs = [(line.split("\t")[0], line.split("\t")[-1]) for line in lines]
-    if broken := [name for pair in pairs for name in pair if len(name.splitlines()) > 1]:
+    if broken := [name for pair in pairs for name in pair if len(f"{name}.".splitlines()) > 1]:
         raise UserError(f"{path} has a class name of several lines, {broken[0]!r}; labels.txt of a bundle has one a line")
     return Labels(names=tuple(n for _, n in pairs), folders=tuple(f.replace("/", "_") for f, _ in pairs))

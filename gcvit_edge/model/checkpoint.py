@@ -6,6 +6,8 @@ Our layout is timm's key layout in safetensors, with a `ModelInfo` as JSON in th
 import argparse
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gcvit_edge.data import Labels, Preprocessing
-from gcvit_edge.errors import DAMAGED_PICKLE, UserError
+from gcvit_edge.errors import UserError
 from gcvit_edge.model import hub
 from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.model.info import NVLABS_LICENCE, UNKNOWN_LICENCE, ModelInfo, Origin, read_config
@@ -27,6 +29,11 @@ from gcvit_edge.model.layout import Size, State, from_nvlabs, infer_config
 from gcvit_edge.model.variants import VARIANTS, GCViTConfig, variant_config
 from gcvit_edge.paths import written_whole
 
+# what `torch.load` may raise of a damaged file, by where the damage is
+DAMAGED_PICKLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError,
+    AttributeError, AssertionError,
+)  # fmt: skip
 _ADVICE = "download it again, or give a .safetensors file or one of torch.save"
 _METADATA_KEY = "gcvit_edge"
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
@@ -106,7 +113,7 @@ def save_checkpoint(model: GCViT, info: ModelInfo, path: Path, *, half: bool) ->
     """
     dtype = torch.float16 if half else torch.float32
     state = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
-    if lost := [key for key, value in state.items() if not value.isfinite().all()]:
+    if half and (lost := [key for key, value in state.items() if not value.isfinite().all()]):
         raise UserError(f"float16 is too small for {', '.join(lost[:3])}: its largest number is 65,504; leave --half out")
     with written_whole(path) as partial:
         partial.write_bytes(save(state, {"format": "pt", _METADATA_KEY: info.model_dump_json()}))

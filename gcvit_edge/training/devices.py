@@ -73,7 +73,7 @@ def with_precision(settings: _Settings, accelerator: "Accelerator") -> _Settings
 @contextmanager
 def memory_kept(device: torch.device) -> Iterator[None]:
     """On a CPU, memory of tensors is kept for the next ones. glibc gives that of large ones back to the system, and has it anew in the
-    next operator, page by page: a tenth to a seventh of a training step (benchmarks/NOTES.md). C libraries without `mallopt` stay as they
+    next operator, page by page: a seventh of a training step (benchmarks/NOTES.md). C libraries without `mallopt` stay as they
     are.
 
     Source: mallopt(3).

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from gcvit_edge.errors import DAMAGED_PICKLE, CheckFailed, UserError
+from gcvit_edge.errors import CheckFailed, UserError
+from gcvit_edge.model.checkpoint import DAMAGED_PICKLE
 from gcvit_edge.paths import require_folder, written_whole
 
 

@@ -57,6 +57,7 @@ def test_slashes_do_not_reach_folder_names(tmp_path: Path) -> None:
         ("a.json", '"cat"', "no list of class names"),
         ("a.json", '{"classes": 3}', "no list of class names"),
         ("a.json", '["cat\\ndog", "bird"]', r"a class name of several lines, 'cat\\ndog'"),
+        ("a.json", '["cat\\n", "bird"]', r"a class name of several lines, 'cat\\n'"),
         ("a.json", '[{"wnid": "n1", "name": 5}]', "no list of class names"),
     ],
 )

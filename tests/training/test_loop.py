@@ -4,10 +4,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from gcvit_edge.model.gcvit import GCViT
 from gcvit_edge.training import optimization
 from gcvit_edge.training.devices import make_accelerator
 from gcvit_edge.training.images import LabelledImages, Samples
-from gcvit_edge.training.loop import Epoch, accuracy, fit
+from gcvit_edge.training.loop import Epoch, accuracy
 from gcvit_edge.training.optimization import learning_rate_factor
 from gcvit_edge.training.settings import TrainSettings
 
@@ -128,58 +126,6 @@ def test_what_two_processes_saw_before_an_interruption_counts(tmp_path: Path, co
 def test_other_seeds_give_other_weights(small_model: Maker, run: Runner) -> None:
     first, second = (run(small_model(), f"seed{seed}", settings={"epochs": 1, "seed": seed})[0] for seed in (0, 1))
     assert not torch.equal(first.head.fc.weight, second.head.fc.weight)  # type: ignore[union-attr, arg-type]
-
-
-def noisy() -> tuple[nn.Module, list[float]]:
-    """A linear network, and what it will draw from the generator in each of its passes."""
-    torch.manual_seed(0)
-    model, drawn = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), []
-    model.register_forward_pre_hook(lambda *_: drawn.append(float(torch.rand(()))))
-    return model, drawn
-
-
-def test_a_resumed_run_draws_the_noise_of_an_uninterrupted_one(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gcvit_edge.training.loop.SAVE_SECONDS", 0)  # every step
-    settings = {"epochs": 2, "micro_batch": 4}
-    (model, whole), (first, before), (second, after) = noisy(), noisy(), noisy()
-    run(model, "whole", settings=settings)
-    interrupt_after(first, 2 * 7)  # before the eighth of 10 steps, the third of the second epoch
-    with pytest.raises(KeyboardInterrupt):
-        run(first, "parted", settings=settings)
-    run(second, "parted", settings=settings, resume=True)
-    assert before[: 2 * 7] + after == whole
-
-
-def test_each_process_draws_its_share_of_the_noise_of_one(run: Runner, colours: LabelledImages, tmp_path: Path) -> None:
-    settings = {"epochs": 1, "batch_size": 16, "micro_batch": 4}
-    model, one = noisy()
-    run(model, "one", settings=settings)
-    shares = []
-    for index in range(2):
-        # one of two processes, of which the other is not there: its gradients and totals are missed, its noise is not
-        process = SimpleNamespace(
-            device=torch.device("cpu"), num_processes=2, process_index=index, is_main_process=index == 0, prepare_model=lambda model: model,
-            no_sync=lambda _: nullcontext(), backward=lambda loss: loss.backward(), reduce=lambda total: total,
-        )  # fmt: skip
-        model, drawn = noisy()
-        fit(model, colours, TrainSettings(**settings), process, state=tmp_path / f"{index}")  # type: ignore[arg-type]
-        shares.append(np.reshape(drawn, (2, 2)))  # steps, passes
-    assert np.concatenate(shares, 1).tolist() == np.reshape(one, (2, 4)).tolist()
-
-
-def test_noise_does_not_depend_on_what_augmentation_drew(run: Runner) -> None:
-    """Images that are read in this process draw from the same generator; those that other processes read do not."""
-    (plain, expected), (augmented, drawn) = noisy(), noisy()
-    run(plain, "plain", settings={"epochs": 1, "augmentation": None})
-    run(augmented, "augmented", settings={"epochs": 1, "augmentation": {"rand_augment": 5}})
-    assert drawn == expected
-
-
-def test_other_seeds_give_other_noise(run: Runner) -> None:
-    (first, drawn), (second, others) = noisy(), noisy()
-    run(first, "seed0", settings={"epochs": 1, "seed": 0})
-    run(second, "seed1", settings={"epochs": 1, "seed": 1})
-    assert not set(drawn) & set(others)
 
 
 def test_a_split_batch_gives_the_gradient_of_the_whole(small_model: Maker, run: Runner, colours: LabelledImages) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from training_checks import interrupt_after
 
 from gcvit_edge.errors import CheckFailed, UserError
 from gcvit_edge.training import loop
@@ -66,6 +68,50 @@ def test_every_pass_has_noise_of_its_own(run: Runner) -> None:
     model = Probe()
     run(model, settings={"epochs": 2, "micro_batch": 4})
     assert len(set(model.noise)) == len(model.noise) == 2 * STEPS * 2
+
+
+def test_a_resumed_run_draws_the_noise_of_an_uninterrupted_one(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)  # every step
+    settings = {"epochs": 2, "micro_batch": 4}
+    whole, first, second = Probe(), Probe(), Probe()
+    run(whole, "whole", settings=settings)
+    interrupt_after(first, 2 * 7)  # before the eighth of 10 steps, the third of the second epoch
+    with pytest.raises(KeyboardInterrupt):
+        run(first, "parted", settings=settings)
+    run(second, "parted", settings=settings, resume=True)
+    assert first.noise[: 2 * 7] + second.noise == whole.noise
+
+
+def test_each_process_draws_its_share_of_the_noise_of_one(run: Runner, colours: LabelledImages, tmp_path: Path) -> None:
+    settings = {"epochs": 1, "batch_size": 16, "micro_batch": 4}
+    whole = Probe()
+    run(whole, "one", settings=settings)
+    shares = []
+    for index in range(2):
+        # one of two processes, of which the other is not there: its gradients and totals are missed, its noise is not
+        process = SimpleNamespace(
+            device=torch.device("cpu"), num_processes=2, process_index=index, is_main_process=index == 0, prepare_model=lambda model: model,
+            no_sync=lambda _: nullcontext(), backward=lambda loss: loss.backward(), reduce=lambda total: total,
+        )  # fmt: skip
+        model = Probe()
+        loop.fit(model, colours, TrainSettings(**settings), process, state=tmp_path / f"{index}")  # type: ignore[arg-type]
+        shares.append(np.reshape(model.noise, (2, 2)))  # steps, passes
+    assert np.concatenate(shares, 1).tolist() == np.reshape(whole.noise, (2, 4)).tolist()
+
+
+def test_noise_does_not_depend_on_what_augmentation_drew(run: Runner) -> None:
+    """Images that are read in this process draw from the same generator; those that other processes read do not."""
+    plain, augmented = Probe(), Probe()
+    run(plain, "plain", settings={"epochs": 1, "augmentation": None})
+    run(augmented, "augmented", settings={"epochs": 1, "augmentation": {"rand_augment": 5}})
+    assert augmented.noise == plain.noise
+
+
+def test_other_seeds_give_other_noise(run: Runner) -> None:
+    first, second = Probe(), Probe()
+    run(first, "seed0", settings={"epochs": 1, "seed": 0})
+    run(second, "seed1", settings={"epochs": 1, "seed": 1})
+    assert not set(first.noise) & set(second.noise)
 
 
 def test_the_average_is_of_the_weights_behind_a_step(run: Runner) -> None:

@@ -88,7 +88,7 @@ class Session(BaseSession):
             CheckFailed: the browser or the runtime cannot do it; the message ends with what they printed.
         """
         self._name, self._web = artifact.path.name, web
-        self._longest: float | None = None  # seconds of an inference, of those that were timed
+        self._longest: float | None = None  # seconds of an inference so far, warm-up included
         page = {name: _PAGE / name for name in ("page.html", "page.js")}
         self._open = ExitStack()
         try:
