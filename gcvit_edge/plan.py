@@ -33,7 +33,7 @@ SAMPLE_WEIGHTS = "gcvit_xxtiny.fashion_mnist.safetensors"
 class Job:
     """A checked request: everything that can be wrong with the input has been looked at, and nothing was written.
 
-    ranking: images by which layers are ranked, which do not calibrate where --calib has more than the recipe wants. held_out: images that
+    ranking: images by which layers are ranked, which do not calibrate where --calib has enough others. held_out: images that
     neither calibrate nor evaluate, by which a search judges.
     """
 
@@ -125,7 +125,8 @@ def plan(
     selected = calibration.select(parsed.calibration.images, parsed.calibration.seed)
     rest = calibration.without(selected)
     held_out = _held_out(parsed, rest, info.labels) if parsed.search and searching else None
-    ranking = (rest if rest.files else selected).select((parsed.search or Search()).ranked_by, parsed.calibration.seed)  # type: ignore[call-arg]
+    ranked_by = (parsed.search or Search()).ranked_by  # type: ignore[call-arg]
+    ranking = (rest if len(rest.files) >= ranked_by else selected).select(ranked_by, parsed.calibration.seed)
     if parsed.keep_float:
         _check_keep_float(network, parsed)
     tuning = None

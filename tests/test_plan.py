@@ -67,13 +67,13 @@ def test_the_seed_of_the_recipe_chooses(seed: int, planned: Callable[..., Job], 
     assert job.evaluation.files == find_images(tiny.evaluation, "evaluation").some(20, seed).files
 
 
-def test_layers_are_ranked_by_images_that_do_not_calibrate_if_there_are_any(planned: Callable[..., Job]) -> None:
-    job = planned()
-    assert job.ranking.files
-    assert not set(job.ranking.files) & set(job.calibration.files)
-    job = planned(RECIPE.replace("{images: 24}", f"{{images: {PER_CLASS * len(CLASSES)}}}"))
-    assert job.ranking.files
-    assert set(job.ranking.files) <= set(job.calibration.files)
+@pytest.mark.parametrize(("others", "calibrate"), [(0, True), (Search().ranked_by - 1, True), (Search().ranked_by, False)])
+def test_layers_are_ranked_by_images_that_do_not_calibrate_if_there_are_enough(
+    others: int, calibrate: bool, planned: Callable[..., Job]
+) -> None:
+    job = planned(RECIPE.replace("{images: 24}", f"{{images: {PER_CLASS * len(CLASSES) - others}}}"))
+    assert len(job.ranking.files) == Search().ranked_by
+    assert {file in job.calibration.files for file in job.ranking.files} == {calibrate}
 
 
 def test_a_search_says_how_many_images_rank_layers(planned: Callable[..., Job]) -> None:

@@ -20,8 +20,13 @@ class Labels(BaseModel):
 
     @staticmethod
     def of(names: Iterable[str]) -> "Labels":
-        """Labels whose folders are their names, with what a file system cannot have replaced by `_`."""
+        """Labels whose folders are their names, with what a file system cannot have replaced by `_`.
+
+        Raises:
+            UserError: a name of several lines.
+        """
         names = tuple(names)
+        _check_lines(names, "the model or the image folders give")
         return Labels(names=names, folders=tuple(name.replace("/", "_") for name in names))
 
 
@@ -48,6 +53,11 @@ def read_labels(path: Path) -> Labels:
         if not lines:
             raise UserError(f"labels file {path} is empty; write one class name a line, in the order of the logits")
         pairs = [(line.split("\t")[0], line.split("\t")[-1]) for line in lines]
-    if broken := [name for pair in pairs for name in pair if len(f"{name}.".splitlines()) > 1]:
-        raise UserError(f"{path} has a class name of several lines, {broken[0]!r}; labels.txt of a bundle has one a line")
+    _check_lines([name for pair in pairs for name in pair], f"{path} has")
     return Labels(names=tuple(n for _, n in pairs), folders=tuple(f.replace("/", "_") for f, _ in pairs))
+
+
+def _check_lines(names: Iterable[str], holder: str) -> None:
+    for name in names:
+        if len(f"{name}.".splitlines()) > 1:
+            raise UserError(f"{holder} a class name of several lines, {name!r}; labels.txt of a bundle has one a line")

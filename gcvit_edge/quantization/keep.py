@@ -31,7 +31,8 @@ def kept_layers(deployed: nn.Module, patterns: Iterable[str]) -> frozenset[str]:
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
-            guess = nearest(pattern, sorted({part for name in names for part in _parts(name)}) if "*" in pattern else names)
+            parts = {part for name in names for part in _parts(name)}
+            guess = nearest(pattern, sorted(parts if "*" in pattern else parts.union(names)))
             hint = f"did you mean {guess!r}?" if guess else f"such as {names[1]!r} or 'stages.0.*'"
             raise UserError(f"keep_float: {pattern!r} matches no layer of the network; {hint}")
         kept |= matched

@@ -38,6 +38,11 @@ def test_id2label_is_in_the_order_of_the_numbers(tmp_path: Path) -> None:
     assert read_labels(file).names == tuple(f"class {i}" for i in range(12))
 
 
+def test_names_of_a_model_or_of_folders_have_one_line() -> None:
+    with pytest.raises(UserError, match=r"a class name of several lines, 'cat\\ndog'"):
+        Labels.of(["bird", "cat\ndog"])
+
+
 def test_slashes_do_not_reach_folder_names(tmp_path: Path) -> None:
     assert Labels.of(["T-shirt/top", "Bag"]).folders == ("T-shirt_top", "Bag")
     (tmp_path / "labels.txt").write_text("T-shirt/top\nBag\n")

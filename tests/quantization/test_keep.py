@@ -47,6 +47,7 @@ def test_names_and_patterns(make_model: Callable[..., GCViT]) -> None:
     [
         ("stages.0.blocks.0.atention.q", r"did you mean 'stages\.0\.blocks\.0\.attention\.q'\?"),
         ("stages.7.*", r"did you mean 'stages\.\d\.\*'\?"),
+        ("stages.0", r"did you mean 'stages\.0\.\*'\?"),
         ("haed", r"did you mean 'head'\?"),
         ("", r"such as "),
     ],
