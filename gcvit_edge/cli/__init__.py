@@ -9,6 +9,7 @@ import argparse
 import errno
 import gc
 import json
+import os
 import re
 import signal
 import sys
@@ -28,6 +29,10 @@ from gcvit_edge.registry import load_module, module_names
 
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hangup
 _UNREACHABLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}  # of a path that a user gave
+
+# turns of libgomp's loop, some microseconds, instead of its 300,000: on CPUs that others use too, every operator of PyTorch else waits for
+# a thread that is not running, and calibration took ten times as long; it takes 4 to 11 % longer on idle ones (benchmarks/NOTES.md)
+_SPIN_COUNT = "1000"
 
 EXIT_CODES = """\
 exit codes:
@@ -161,8 +166,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _spin_briefly() -> None:
+    """Threads of PyTorch that wait for each other sleep soon, in this process and those that it starts, unless the user has said how
+    they wait. libgomp reads it when it is loaded.
+
+    Source: GNU libgomp manual, "GOMP_SPINCOUNT".
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+
+
 def entry_point() -> None:
     """The console script."""
+    _spin_briefly()
     with unwritable_ends():
         code = main()
         gc.freeze()  # else Python looks for cycles among all objects of the exporters before it ends: 2 s after `quantize`

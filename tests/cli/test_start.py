@@ -50,6 +50,22 @@ def test_import_switches_telemetry_off() -> None:
     assert python(code, HF_HUB_DISABLE_TELEMETRY="0") == "1 1 0 None"  # who sets it decides
 
 
+@pytest.mark.parametrize(
+    ("environment", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_that_wait_sleep_soon(environment: dict[str, str], count: str) -> None:
+    """As libgomp, which PyTorch brings, says that it has read it."""
+    code = (
+        "import sys; from contextlib import suppress; from gcvit_edge.cli import entry_point; sys.argv = ['', 'recipes', 'list']\n"
+        "with suppress(SystemExit): entry_point()\n"
+        "import torch"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    asked = clean | environment | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=asked)
+    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
