@@ -50,9 +50,7 @@ def test_import_switches_telemetry_off() -> None:
     assert python(code, HF_HUB_DISABLE_TELEMETRY="0") == "1 1 0 None"  # who sets it decides
 
 
-@pytest.mark.parametrize(
-    ("environment", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
-)
+@pytest.mark.parametrize(("environment", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")])
 def test_threads_that_wait_sleep_soon(environment: dict[str, str], count: str) -> None:
     """As libgomp, which PyTorch brings, says that it has read it."""
     code = (
