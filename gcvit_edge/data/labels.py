@@ -1,6 +1,6 @@
 """Class names in the order of the logits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ class Labels(BaseModel):
         Raises:
             UserError: a name of several lines.
         """
-        names = tuple(names)
-        _check_lines(names, "the model or the image folders give")
-        return Labels(names=names, folders=tuple(name.replace("/", "_") for name in names))
+        return _labels([(name, name) for name in names], "the model or the image folders give")
 
 
 def read_labels(path: Path) -> Labels:
@@ -53,11 +51,12 @@ def read_labels(path: Path) -> Labels:
         if not lines:
             raise UserError(f"labels file {path} is empty; write one class name a line, in the order of the logits")
         pairs = [(line.split("\t")[0], line.split("\t")[-1]) for line in lines]
-    _check_lines([name for pair in pairs for name in pair], f"{path} has")
-    return Labels(names=tuple(n for _, n in pairs), folders=tuple(f.replace("/", "_") for f, _ in pairs))
+    return _labels(pairs, f"{path} has")
 
 
-def _check_lines(names: Iterable[str], holder: str) -> None:
-    for name in names:
+def _labels(pairs: Sequence[tuple[str, str]], holder: str) -> Labels:
+    """Of (folder, name); `holder` is who has them in the error message."""
+    for name in (text for pair in pairs for text in pair):
         if len(f"{name}.".splitlines()) > 1:
             raise UserError(f"{holder} a class name of several lines, {name!r}; labels.txt of a bundle has one a line")
+    return Labels(names=tuple(name for _, name in pairs), folders=tuple(folder.replace("/", "_") for folder, _ in pairs))

@@ -23,12 +23,17 @@ VERBS = (
 HEAVY = ("torch", "torchvision", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "scipy", "pandas", "PIL", "numpy")
 
 
+SWITCHES = ("ORT_DISABLE_TELEMETRY", "NNCF_CI", "HF_HUB_DISABLE_TELEMETRY", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh Python, whose environment has of what the package sets only what is given."""
+    clean = {key: value for key, value in os.environ.items() if key not in SWITCHES}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=clean | environment)
+
+
 def python(code: str, **environment: str) -> str:
-    switches = ("ORT_DISABLE_TELEMETRY", "NNCF_CI", "HF_HUB_DISABLE_TELEMETRY")
-    clean = {key: value for key, value in os.environ.items() if key not in switches}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=clean | environment
-    ).stdout.strip()
+    return process(code, **environment).stdout.strip()
 
 
 def test_parser_loads_nothing_heavy() -> None:
@@ -58,10 +63,7 @@ def test_threads_that_wait_sleep_soon(environment: dict[str, str], count: str) -
         "with suppress(SystemExit): entry_point()\n"
         "import torch"
     )
-    clean = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    asked = clean | environment | {"OMP_DISPLAY_ENV": "VERBOSE"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=asked)
-    assert f"GOMP_SPINCOUNT = '{count}'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{count}'" in process(code, OMP_DISPLAY_ENV="VERBOSE", **environment).stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
